@@ -1,0 +1,99 @@
+"""The one place where records become text, and text becomes token ids, for training, rollout and evaluation alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The template given to tokenizers built here. It does not open `<think>`: that choice is the policy's."""
+
+
+def render_response(scratchpad: str, answer: str) -> str:
+    """What an ideal assistant writes: thoughts between the tags (none when it answers at once), then the boxed answer."""
+    thoughts = f"{scratchpad}\n" if scratchpad else ""
+    return f"{THINK_OPEN}\n{thoughts}{THINK_CLOSE}\n\\boxed{{{answer}}}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRenderer:
+    """Renders conversations with the tokenizer's own chat template.
+
+    Token ids, not text, leave this class: no caller adds a special token or tokenizes a rendered string again.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None = None
+
+    @property
+    def stop_token_id(self) -> int:
+        """The token that ends an assistant turn."""
+        eos = self.tokenizer.eos_token_id
+        if not isinstance(eos, int):
+            raise ValueError(f"tokenizer {self.tokenizer.name_or_path} has no single eos token; set eos_token in its tokenizer_config.json")
+        return eos
+
+    def messages(self, question: str) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return [*system, {"role": "user", "content": question}]
+
+    def prompt_text(self, question: str) -> str:
+        text = self.tokenizer.apply_chat_template(self.messages(question), add_generation_prompt=True, tokenize=False)
+        assert isinstance(text, str)
+        return text
+
+    def prompt_ids(self, question: str) -> list[int]:
+        # The template has written every special token already; a second BOS would be a different prompt.
+        return self.tokenizer.encode(self.prompt_text(question), add_special_tokens=False)
+
+    def response_ids(self, response: str) -> list[int]:
+        """Token ids of an assistant turn, its stop token included."""
+        return [*self.tokenizer.encode(response, add_special_tokens=False), self.stop_token_id]
+
+    def prompt(self, id: str, question: str, reference: str) -> Prompt:
+        return Prompt(id=id, token_ids=tuple(self.prompt_ids(question)), question=question, reference=reference)
+
+    def decode(self, token_ids: list[int] | tuple[int, ...]) -> str:
+        """The text of a completion without its stop token; every other token stays visible."""
+        ids = list(token_ids)
+        if ids and ids[-1] == self.stop_token_id:
+            ids.pop()
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    @property
+    def prefill(self) -> str:
+        """What the template writes of the assistant's turn by itself: `<think>` and what follows, or nothing."""
+        text = self.prompt_text("?")
+        return text[text.rindex(THINK_OPEN) :] if text.rstrip().endswith(THINK_OPEN) else ""
+
+    def completion(self, response: str) -> str:
+        """The part of a response that is left for the policy to write."""
+        return response.removeprefix(self.prefill)
+
+    def require_round_trip(self, question: str, response: str) -> None:
+        """Raise when this tokenizer and template cannot represent our text faithfully.
+
+        Raises:
+            ValueError: naming what is lost or doubled.
+        """
+        ids = self.response_ids(response)
+        if self.decode(ids) != response:
+            raise ValueError(f"the tokenizer does not give back what it was given: {response!r:.120} became {self.decode(ids)!r:.120}; use another tokenizer")
+        prompt = self.prompt_ids(question)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and prompt[:2] == [bos, bos]:
+            raise ValueError(f"prompts start with {self.tokenizer.bos_token!r} twice; the chat template and the tokenizer both add it: remove it from one of them")
+        if question not in self.prompt_text(question):
+            raise ValueError(f"the chat template does not show the question {question!r:.80}; check chat_template.jinja beside the tokenizer")

@@ -1,0 +1,86 @@
+"""GSM8K (https://arxiv.org/abs/2110.14168) as its authors ship it: {"question", "answer": "reasoning #### number"}."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.chat import render_response
+from data.records import Demonstration, LabelledSteps, PreferencePair, Prepared, Problem
+
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+
+def read_gsm8k(split: str, *, path: str | None, revision: str) -> Iterator[tuple[str, str, str]]:
+    """(question, scratchpad, answer) of each row of a split, calculator marks removed.
+
+    Raises:
+        ValueError: naming file and line of a row that is not as the source has it.
+    """
+    for origin, row in _rows(split, path=path, revision=revision):
+        if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
+            raise ValueError(f"{origin}: expected an object with the texts 'question' and 'answer'")
+        scratchpad, marker, answer = row["answer"].rpartition("####")
+        if not marker or not answer.strip():
+            raise ValueError(f"{origin}: 'answer' has no '#### number' at its end")
+        yield row["question"].strip(), _CALCULATOR.sub("", scratchpad).strip(), answer.strip().replace(",", "")
+
+
+def _rows(split: str, *, path: str | None, revision: str) -> Iterator[tuple[str, object]]:
+    if path is None:
+        from datasets import load_dataset
+
+        for number, row in enumerate(load_dataset("openai/gsm8k", "main", split=split, revision=revision), 1):
+            yield f"openai/gsm8k {split} row {number}", row
+        return
+    file = Path(path) / f"{split}.jsonl"
+    if not file.is_file():
+        raise ValueError(f"source.path is {path}, which has no {split}.jsonl; point it at a folder with GSM8K's train.jsonl and test.jsonl, or remove it to download")
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield f"{file}:{number}", json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}:{number}: {error}") from None
+
+
+def spoil(rng: random.Random, scratchpad: str, answer: str) -> tuple[int, str, str]:
+    """A slip in the last number of a random step, and a wrong answer: (index of the wrong step, scratchpad, answer)."""
+    steps = scratchpad.split("\n")
+    numbered = [i for i, step in enumerate(steps) if re.search(r"\d", step)] or [0]
+    wrong = rng.choice(numbered)
+    slip = rng.choice((1, 2, 3, 5, 10))
+    steps[wrong] = re.sub(r"\d+(?=\D*$)", lambda match: str(int(match[0]) + slip), steps[wrong])
+    number = re.sub(r"\d+", lambda match: str(int(match[0]) + slip), answer, count=1)
+    return wrong, "\n".join(steps), number
+
+
+def prepare(
+    *, seed: int, path: str | None, revision: str, demonstrations: int, train_problems: int, test_problems: int, train_pairs: int, heldout_pairs: int
+) -> Prepared:
+    """All records, in the order of the source; fewer where it has fewer. Problems are those of the demonstrations."""
+    rng = random.Random(f"prepare-{seed}")
+    train = [(f"gsm8k-train-{i}", *row) for i, row in enumerate(read_gsm8k("train", path=path, revision=revision))]
+    test = [(f"gsm8k-test-{i}", *row) for i, row in enumerate(read_gsm8k("test", path=path, revision=revision))]
+
+    def pair(key: str, question: str, scratchpad: str, answer: str) -> PreferencePair:
+        step, wrong_scratchpad, wrong_answer = spoil(rng, scratchpad, answer)
+        chosen, rejected = render_response(scratchpad, answer), render_response(wrong_scratchpad, wrong_answer)
+        return PreferencePair(id=key, question=question, chosen=chosen, rejected=rejected, error_step=step)
+
+    def labelled(key: str, question: str, scratchpad: str, answer: str) -> LabelledSteps:
+        step, wrong_scratchpad, _ = spoil(rng, scratchpad, answer)
+        steps = wrong_scratchpad.split("\n")
+        return LabelledSteps(id=key, question=question, steps=steps, labels=[i < step for i in range(len(steps))])
+
+    return Prepared(
+        demonstrations=[Demonstration(id=k, question=q, scratchpad=s, answer=a) for k, q, s, a in train[:demonstrations]],
+        train_problems=[Problem(id=k, question=q, answer=a) for k, q, _, a in train[:train_problems]],
+        test_problems=[Problem(id=k, question=q, answer=a) for k, q, _, a in test[:test_problems]],
+        train_pairs=[pair(*row) for row in train[:train_pairs]],
+        heldout_pairs=[pair(*row) for row in test[:heldout_pairs]],
+        labelled_steps=[labelled(*row) for row in train[:train_pairs]],
+    )

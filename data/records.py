@@ -1,0 +1,147 @@
+"""The four kinds of record every source becomes, and the JSONL files that hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A question with a reference answer."""
+
+    id: str
+    question: str
+    answer: str
+    level: int = 0
+    """Difficulty as the source grades it; 0 where it does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A question, a worked scratchpad (empty when the answer is given at once) and the answer."""
+
+    id: str
+    question: str
+    scratchpad: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """Two responses to one question, the first one better."""
+
+    id: str
+    question: str
+    chosen: str
+    rejected: str
+    error_step: int = -1
+    """Index of the first wrong step of `rejected`; -1 where unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledSteps:
+    """A scratchpad cut into steps, each labelled as still right or not."""
+
+    id: str
+    question: str
+    steps: list[str]
+    labels: list[bool]
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.labels):
+            raise ValueError(f"{len(self.steps)} steps but {len(self.labels)} labels")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Everything a source yields for a pipeline; each list becomes a file of its own name."""
+
+    demonstrations: list[Demonstration]
+    train_problems: list[Problem]
+    test_problems: list[Problem]
+    train_pairs: list[PreferencePair]
+    heldout_pairs: list[PreferencePair]
+    labelled_steps: list[LabelledSteps]
+
+
+Record = TypeVar("Record", Problem, Demonstration, PreferencePair, LabelledSteps)
+
+
+def parse_record(kind: type[Record], row: Any) -> Record:
+    """A record from one decoded JSON row.
+
+    Raises:
+        ValueError: naming the missing, unknown or wrongly typed field.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    hints = get_type_hints(kind)
+    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    for name in required:
+        if name not in row:
+            raise ValueError(f"field {name!r} is missing (has: {', '.join(sorted(row)) or 'nothing'})")
+    for name, value in row.items():
+        if name not in hints:
+            raise ValueError(f"unknown field {name!r}; a {kind.__name__} has {', '.join(hints)}")
+        _check_type(name, value, hints[name])
+    return kind(**row)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if hint in (list[str], list[bool]):
+        item = hint.__args__[0]
+        # A label of -100 or 1.0 would silently count as True once cast, so nothing but a real bool passes.
+        if not isinstance(value, list) or any(type(x) is not item for x in value):
+            raise ValueError(f"field {name!r} must be a list of {item.__name__}, got {value!r:.80}")
+    elif type(value) is not hint:
+        raise ValueError(f"field {name!r} must be {hint.__name__}, got {value!r:.80}")
+    elif hint is str and name in ("question", "answer", "id") and not value.strip():
+        raise ValueError(f"field {name!r} is empty")
+
+
+def read_records(kind: type[Record], path: str | Path) -> list[Record]:
+    """All records of a JSONL file, in order.
+
+    Raises:
+        ValueError: when the file is missing or empty, or a row is malformed; names the file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist; run the prepare_data stage first or correct the path in the recipe")
+    records: list[Record] = []
+    seen: dict[str, int] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = parse_record(kind, json.loads(line))
+            except ValueError as error:  # JSONDecodeError is one
+                raise ValueError(f"{path}:{number}: {error}") from None
+            if record.id in seen:
+                raise ValueError(f"{path}:{number}: id {record.id!r} was already used on line {seen[record.id]}; ids must be unique")
+            seen[record.id] = number
+            records.append(record)
+    if not records:
+        raise ValueError(f"data file {path} holds no records")
+    return records
+
+
+def write_records(records: Iterable[Record], path: str | Path) -> int:
+    """Write records as JSONL, whole or not at all; returns how many."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    count = 0
+    with temporary.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
+            count += 1
+    os.replace(temporary, path)
+    return count

@@ -1,0 +1,199 @@
+"""The embedded task: little stories of gaining and losing things, long enough that thinking pays.
+
+    On Monday Mia has 7 coins. On Tuesday she finds 5. On Wednesday she loses 3. On Thursday she doubles
+    them. How many coins does she have?
+
+    <think>
+    On Tuesday she finds 5: 7 + 5 = 12
+    On Wednesday she loses 3: 12 - 3 = 9
+    On Thursday she doubles them: 9 * 2 = 18
+    </think>
+    \\boxed{18}
+
+A problem of level n has n events. Answering at once asks a small model for all of them in one forward pass, which it cannot do;
+writing the scratchpad needs one at a time. That gap is what reinforcement learning discovers.
+
+Everything is a function of the seed. Train, validation and test are disjoint by construction: the split of a problem is a hash of
+its numbers and events, so that a story is not even retold with another name and another thing in another split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+from data.chat import render_response
+from data.records import Demonstration, LabelledSteps, PreferencePair, Prepared, Problem
+
+Split = Literal["train", "validation", "test"]
+Operator = Literal["+", "-", "*", "/"]
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+SHE, HE = ("Ana", "Eve", "Fay", "Ida", "Mia", "Zoe"), ("Ben", "Cal", "Dan", "Gus", "Leo", "Tom")
+ITEMS = ("coins", "books", "pens", "eggs", "cards", "shells")
+GAINS, LOSSES = ("finds", "buys", "wins"), ("loses", "sells", "gives away")
+MULTIPLES = {("*", 2): "doubles them", ("*", 3): "triples them", ("/", 2): "gives away half of them"}
+LARGEST = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    operator: Operator
+    operand: int
+    telling: str
+    """As the story tells it: "On Tuesday she finds 5"."""
+
+    def apply(self, value: int) -> int:
+        match self.operator:
+            case "+":
+                return value + self.operand
+            case "-":
+                return value - self.operand
+            case "*":
+                return value * self.operand
+            case "/":
+                return value // self.operand
+
+    def is_possible(self, value: int) -> bool:
+        """Whether it leaves a whole number between 1 and LARGEST."""
+        return 1 <= self.apply(value) <= LARGEST and (self.operator != "/" or value % self.operand == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """A problem; `values[i]` is what there is after i events."""
+
+    question: str
+    start: int
+    events: tuple[Event, ...]
+
+    @property
+    def level(self) -> int:
+        return len(self.events)
+
+    @property
+    def values(self) -> list[int]:
+        values = [self.start]
+        for event in self.events:
+            values.append(event.apply(values[-1]))
+        return values
+
+    @property
+    def answer(self) -> str:
+        return str(self.values[-1])
+
+    def key(self) -> str:
+        """The same for every telling of the same numbers and events."""
+        plot = f"{self.start}" + "".join(f" {e.operator}{e.operand}" for e in self.events)
+        return hashlib.sha256(plot.encode()).hexdigest()
+
+
+def write_steps(events: tuple[Event, ...], values: list[int]) -> list[str]:
+    """One line an event; `values` is what the scratchpad claims, right or wrong."""
+    return [f"{event.telling}: {values[i]} {event.operator} {event.operand} = {values[i + 1]}" for i, event in enumerate(events)]
+
+
+def draw_event(rng: random.Random, value: int, *, day: str, pronoun: str) -> Event:
+    while True:
+        operator: Operator = rng.choice(("+", "+", "-", "-", "*", "/"))
+        operand = {"*": rng.choice((2, 3)), "/": 2}.get(operator, rng.randint(2, 9))
+        happening = MULTIPLES.get((operator, operand)) or f"{rng.choice(GAINS if operator == '+' else LOSSES)} {operand}"
+        event = Event(operator, operand, f"On {day} {pronoun} {happening}")
+        if event.is_possible(value):
+            return event
+
+
+def draw_story(rng: random.Random, *, min_level: int, max_level: int) -> Story:
+    """One random problem of a level in [min_level, max_level]."""
+    people, pronoun = rng.choice(((SHE, "she"), (HE, "he")))
+    item = rng.choice(ITEMS)
+    start = value = rng.randint(2, 12)
+    events: list[Event] = []
+    for day in DAYS[1 : 1 + rng.randint(min_level, max_level)]:
+        events.append(draw_event(rng, value, day=day, pronoun=pronoun))
+        value = events[-1].apply(value)
+    told = [f"On {DAYS[0]} {rng.choice(people)} has {start} {item}", *(event.telling for event in events), f"How many {item} does {pronoun} have?"]
+    return Story(". ".join(told), start, tuple(events))
+
+
+def split_of(key: str) -> Split:
+    bucket = int(key[:8], 16) % 20
+    return "test" if bucket < 2 else "validation" if bucket < 3 else "train"
+
+
+def generate_stories(split: Split, *, seed: int, min_level: int, max_level: int) -> Iterator[Story]:
+    """Endless distinct problems of one split; stops with an error when the task has no more to give."""
+    rng = random.Random(f"{split}-{seed}")
+    seen: set[str] = set()
+    misses = 0
+    while True:
+        story = draw_story(rng, min_level=min_level, max_level=max_level)
+        key = story.key()
+        if key in seen or split_of(key) != split:
+            misses += 1
+            if misses > 20_000:
+                raise ValueError(f"levels {min_level}-{max_level} have no more than {len(seen)} {split} problems; raise max_level or ask for fewer")
+            continue
+        misses = 0
+        seen.add(key)
+        yield story
+
+
+def to_problem(story: Story) -> Problem:
+    return Problem(id=f"story-{story.key()[:16]}", question=story.question, answer=story.answer, level=story.level)
+
+
+def to_demonstration(story: Story, *, answers_at_once: bool) -> Demonstration:
+    scratchpad = "" if answers_at_once else "\n".join(write_steps(story.events, story.values))
+    return Demonstration(id=f"story-{story.key()[:16]}", question=story.question, scratchpad=scratchpad, answer=story.answer)
+
+
+def spoil(rng: random.Random, story: Story) -> tuple[int, list[int]]:
+    """A slip in the result of one step, carried on to the end: (index of the wrong step, values the scratchpad claims)."""
+    while True:
+        step = rng.randrange(story.level)
+        values = story.values
+        values[step + 1] += rng.choice((-3, -2, -1, 1, 2, 3))
+        for i in range(step + 1, story.level):
+            values[i + 1] = story.events[i].apply(values[i])
+        if all(1 <= value <= LARGEST for value in values) and values[-1] != story.values[-1]:
+            return step, values
+
+
+def to_preference_pair(story: Story, rng: random.Random) -> PreferencePair:
+    step, values = spoil(rng, story)
+    return PreferencePair(
+        id=f"story-{story.key()[:16]}",
+        question=story.question,
+        chosen=render_response("\n".join(write_steps(story.events, story.values)), story.answer),
+        rejected=render_response("\n".join(write_steps(story.events, values)), str(values[-1])),
+        error_step=step,
+    )
+
+
+def to_labelled_steps(story: Story, rng: random.Random) -> LabelledSteps:
+    """A spoiled scratchpad: every step before the slip is right, the slip and all that builds on it is not."""
+    step, values = spoil(rng, story)
+    steps = write_steps(story.events, values)
+    return LabelledSteps(id=f"story-{story.key()[:16]}", question=story.question, steps=steps, labels=[i < step for i in range(len(steps))])
+
+
+def prepare(
+    *, seed: int, min_level: int, max_level: int, answers_at_once: float, demonstrations: int, train_problems: int, test_problems: int, train_pairs: int, heldout_pairs: int
+) -> Prepared:
+    """All records of the task; demonstrations, training problems and training pairs are different problems."""
+    rng = random.Random(f"prepare-{seed}")
+    train = generate_stories("train", seed=seed, min_level=min_level, max_level=max_level)
+    test = generate_stories("test", seed=seed, min_level=min_level, max_level=max_level)
+    return Prepared(
+        demonstrations=[to_demonstration(story, answers_at_once=rng.random() < answers_at_once) for story in islice(train, demonstrations)],
+        train_problems=[to_problem(story) for story in islice(train, train_problems)],
+        test_problems=[to_problem(story) for story in islice(test, test_problems)],
+        train_pairs=[to_preference_pair(story, rng) for story in islice(train, train_pairs)],
+        heldout_pairs=[to_preference_pair(story, rng) for story in islice(test, heldout_pairs)],
+        labelled_steps=[to_labelled_steps(story, rng) for story in islice(train, train_pairs)],
+    )

@@ -1,0 +1,77 @@
+"""Several reward components added up, with the weights of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from reward_models.grading import grade
+from reward_models.outcome import OutcomeModel
+from reward_models.verifiable import Component, find_rule
+from rlhf.config import GRPO
+from rlhf.types import Rollout, Score
+
+
+@dataclass(frozen=True, slots=True)
+class CompositeReward:
+    """The reward function of a recipe.
+
+    A rollout whose correctness is undecided, or for which any component has no value, is undecided as a whole.
+    """
+
+    rules: dict[str, tuple[Component, float]]
+    """Name to (component, weight)."""
+    models: dict[str, tuple[Callable[[Sequence[Rollout]], list[float]], float]]
+    """Name to (batch scorer, weight)."""
+    prefill: str = ""
+    """What the chat template writes at the start of the assistant's turn; part of what a reader of the completion sees."""
+    truncated_is_wrong: bool = True
+    """A completion cut by max_new_tokens earns no correctness, even when a boxed answer stands in it."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        learned = {name: score(rollouts) for name, (score, _) in self.models.items()}
+        return [self._score(rollout, {name: values[i] for name, values in learned.items()}) for i, rollout in enumerate(rollouts)]
+
+    def _score(self, rollout: Rollout, learned: dict[str, float]) -> Score:
+        text = self.prefill + rollout.text
+        judged = grade(text, rollout.prompt.reference)
+        verdict = "wrong" if self.truncated_is_wrong and rollout.finish_reason == "length" and judged.verdict == "correct" else judged.verdict
+        if verdict == "undecided":
+            return Score(verdict="undecided", value=None, reason=f"{judged.reason} of {rollout.prompt.id}")
+        values = {name: float(verdict == "correct") if name == "correctness" else rule(rollout, text) for name, (rule, _) in self.rules.items()}
+        missing = [name for name, value in values.items() if value is None]
+        if missing:
+            return Score(verdict="undecided", value=None, reason=f"{', '.join(missing)} gave no value for {rollout.prompt.id}")
+        components = {name: value for name, value in values.items() if value is not None} | learned
+        weights = {name: weight for name, (_, weight) in (self.rules | self.models).items()}
+        return Score(verdict=verdict, value=sum(weights[name] * value for name, value in components.items()), components=components, reason=judged.reason)
+
+
+def build_reward(config: GRPO, *, prefill: str, device: str) -> CompositeReward:
+    """The reward function of a recipe, its models loaded."""
+    rules = {r.name: (find_rule(r.name), r.weight) for r in config.rewards if r.name != "reward_model"}
+    models: dict[str, tuple[Callable[[Sequence[Rollout]], list[float]], float]] = {}
+    for r in config.rewards:
+        if r.name == "reward_model":
+            model = OutcomeModel.load(r.path, device=device)  # type: ignore[union-attr]
+            models[r.name] = (model.scorer(clip=r.clip, batch_size=r.batch_size), r.weight)  # type: ignore[union-attr]
+    return CompositeReward(rules, models, prefill, config.algorithm.truncated == "wrong")
+
+
+def require_reachable(reward: CompositeReward, references: Sequence[Rollout]) -> None:
+    """Raise when a reference solution, written as the policy would write it, does not earn every rule its full value.
+
+    A rule that a perfect completion cannot satisfy trains nothing and looks like a model that does not learn.
+
+    Raises:
+        ValueError: naming the rule and the completion.
+    """
+    for rollout, score in zip(references, reward(references), strict=True):
+        short = {name: score.components.get(name) for name in reward.rules if name in ("correctness", "format") and score.components.get(name) != 1.0}
+        if short:
+            parts = ", ".join(f"{name} {'undecided' if value is None else f'{value:g} instead of 1'}" for name, value in short.items())
+            raise ValueError(
+                f"the reward cannot reach its maximum: the reference solution of {rollout.prompt.id!r} gets {parts}. It reads "
+                f"{(reward.prefill + rollout.text)!r:.200}; check that the chat template and the format reward agree about <think>, "
+                "that the answer is boxed as the reference has it, and that rollout.max_new_tokens leaves room for it"
+            )

@@ -1,0 +1,114 @@
+"""The outcome reward model: Bradley-Terry on preference pairs, trained with TRL, scored by us."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.config import RewardModel
+from rlhf.run import write_json
+from rlhf.trainers.arguments import last_checkpoint, trainer_arguments
+from rlhf.types import Rollout
+
+STATISTICS = "reward_statistics.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPair:
+    """A preference pair as token ids, prompt and response together."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+def pairwise_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> float:
+    """Share of pairs whose chosen response scores higher: [N], [N] -> number. A tie is half right, as a coin would be."""
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
+
+
+class OutcomeModel:
+    """A trained reward model with the statistics that standardise its scores."""
+
+    def __init__(self, model: Any, pad_token_id: int, mean: float, std: float) -> None:
+        self._model, self._pad_token_id, self.mean, self.std = model, pad_token_id, mean, std
+
+    @classmethod
+    def load(cls, path: str, *, device: str) -> OutcomeModel:
+        """A reward model saved by `train`.
+
+        Raises:
+            ValueError: when the statistics are missing, or weights (the reward head above all) are missing or left over.
+        """
+        statistics = Path(path) / STATISTICS
+        if not statistics.is_file():
+            raise ValueError(f"{path} has no {STATISTICS}; train the model with scripts/train_reward_model.py")
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        bad = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if bad:
+            raise ValueError(f"{path} does not hold a whole reward model: {', '.join(bad[:5])} missing or unexpected; a head initialised at random would reward noise")
+        stored = json.loads(statistics.read_text(encoding="utf-8"))
+        return cls(model.to(device).eval(), model.config.pad_token_id, stored["mean"], stored["std"])
+
+    @torch.no_grad()
+    def raw_scores(self, sequences: Sequence[Sequence[int]], *, batch_size: int) -> torch.Tensor:
+        """[N] unstandardised scores; sequences of similar length share a batch."""
+        scores = torch.empty(len(sequences))
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = len(sequences[rows[-1]])
+            input_ids = torch.full((len(rows), width), self._pad_token_id)
+            attention_mask = torch.zeros_like(input_ids)
+            for b, i in enumerate(rows):
+                input_ids[b, : len(sequences[i])] = torch.tensor(list(sequences[i]))
+                attention_mask[b, : len(sequences[i])] = 1
+            logits = self._model(input_ids=input_ids.to(self._model.device), attention_mask=attention_mask.to(self._model.device), use_cache=False).logits
+            scores[rows] = logits[:, 0].float().cpu()
+        return scores
+
+    def scorer(self, *, clip: float, batch_size: int) -> Callable[[Sequence[Rollout]], list[float]]:
+        """Rollouts to standardised scores in [-clip, clip]."""
+
+        def score(rollouts: Sequence[Rollout]) -> list[float]:
+            raw = self.raw_scores([(*r.prompt.token_ids, *r.token_ids) for r in rollouts], batch_size=batch_size)
+            return ((raw - self.mean) / self.std).clamp(-clip, clip).tolist()
+
+        return score
+
+
+def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: list[TokenPair]) -> dict[str, float]:
+    """Train with TRL's RewardTrainer and save model, tokenizer and statistics in `output_dir`; returns held-out figures."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path, revision=config.model.revision, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        config.model.path, revision=config.model.revision, num_labels=1, dtype=getattr(torch, config.model.dtype), use_safetensors=True, trust_remote_code=False
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(**trainer_arguments(config), max_length=None, center_rewards_coefficient=config.centering),
+        train_dataset=Dataset.from_list([{"chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in train_pairs]),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
+    trainer.save_model(config.output_dir)
+    judge = OutcomeModel(trainer.accelerator.unwrap_model(trainer.model).eval(), tokenizer.pad_token_id, 0.0, 1.0)
+    chosen = judge.raw_scores([p.chosen_ids for p in heldout_pairs], batch_size=64)
+    rejected = judge.raw_scores([p.rejected_ids for p in heldout_pairs], batch_size=64)
+    both = torch.cat([chosen, rejected])
+    statistics = {"accuracy": pairwise_accuracy(chosen, rejected), "mean": both.mean().item(), "std": both.std().item(), "num_pairs": len(heldout_pairs)}
+    if trainer.accelerator.is_main_process:
+        write_json(Path(config.output_dir) / STATISTICS, statistics)
+    return statistics

@@ -1,0 +1,581 @@
+"""The recipe schema, how a recipe becomes a config, and `python -m rlhf.config RECIPE [key.sub=value ...]`.
+
+A recipe is YAML with a `stage` key that names its root class below. `extends: other.yaml` is read first and overlaid; overrides
+come last. Unknown keys, wrong types and contradictions are errors that name the key and its repair. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A block of a recipe: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- shared blocks
+
+
+class Chat(Section):
+    """How questions are put to the model, the same in every stage."""
+
+    system_prompt: str | None = None
+
+
+class Model(Section):
+    """Weights to start from."""
+
+    path: str
+    """A folder, or a repository on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit when `path` is on the hub; pin a commit to be able to repeat the run."""
+    dtype: Dtype = "float32"
+    """Precision of the weights in training."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up, then constant or linear decay to zero."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class OfflineTraining(Section):
+    """How a fixed data set is trained on. Per-rank micro-batch x ranks x accumulation = sequences per optimizer step."""
+
+    num_steps: PositiveInt
+    """Optimizer steps."""
+    sequences_per_step: PositiveInt
+    """Over all ranks and micro-batches."""
+    micro_batch_size: PositiveInt
+    """Sequences (pairs, for a reward model) per rank and forward pass."""
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 100_000
+    """Optimizer steps between checkpoints that an interrupted stage resumes from."""
+
+    def accumulation(self, num_ranks: int) -> int:
+        """Micro-batches per rank and optimizer step."""
+        per_pass = self.micro_batch_size * num_ranks
+        if self.sequences_per_step % per_pass:
+            raise ValueError(
+                f"training.sequences_per_step is {self.sequences_per_step}, not a multiple of training.micro_batch_size x ranks = "
+                f"{self.micro_batch_size} x {num_ranks}; change one of them"
+            )
+        return self.sequences_per_step // per_pass
+
+
+class Rollout(Section):
+    """How completions are sampled."""
+
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """`auto` is vLLM where it is installed and the slower transformers engine, with a warning, elsewhere."""
+    samples_per_prompt: PositiveInt
+    max_prompt_tokens: PositiveInt
+    """A longer prompt is an error, found before any model is loaded."""
+    max_new_tokens: PositiveInt
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """The trainer's log-probabilities use it too. There is no top-p or top-k: a truncated sampler biases the importance ratio."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the engine's weights."""
+    kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
+    """Memory vLLM reserves for keys and values on a CPU."""
+    gpu_memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of a GPU that vLLM may take, weights included; the trainer needs the rest."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- prepare_data
+
+
+class StoriesSource(Section):
+    """The embedded task, generated (see data/stories.py)."""
+
+    name: Literal["stories"]
+    min_level: PositiveInt = 2
+    """Fewest events of a problem."""
+    max_level: Annotated[int, Field(ge=1, le=6)] = 5
+    answers_at_once: Share = 0.6
+    """Share of the demonstrations that answer without a scratchpad."""
+
+    @model_validator(mode="after")
+    def _levels_in_order(self) -> StoriesSource:
+        if self.min_level > self.max_level:
+            raise ValueError(f"min_level is {self.min_level} and max_level is {self.max_level}; swap them")
+        return self
+
+
+class GSM8KSource(Section):
+    """GSM8K in its original JSONL (see data/gsm8k.py)."""
+
+    name: Literal["gsm8k"]
+    path: str | None = None
+    """Folder with train.jsonl and test.jsonl; without it the hub's openai/gsm8k is downloaded at `revision`."""
+    revision: str = "main"
+
+
+class PrepareData(Section):
+    """Turns a source into the record files that the other stages read."""
+
+    stage: Literal["prepare_data"]
+    output_dir: str
+    seed: int = 0
+    source: Annotated[StoriesSource | GSM8KSource, Field(discriminator="name")]
+    num_demonstrations: PositiveInt
+    num_train_problems: PositiveInt
+    """Problems for reinforcement learning."""
+    num_test_problems: PositiveInt
+    num_preference_pairs: Annotated[int, Field(ge=2)]
+    """Training pairs; a tenth as many again are held out, from the source's test split, for the reward model's accuracy."""
+    script: ClassVar[str] = "scripts/prepare_data.py"
+
+
+# ------------------------------------------------------------------------------------------------------------------ build_model
+
+
+class Architecture(Section):
+    """A Qwen3 built from numbers."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    max_positions: PositiveInt
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+
+    @model_validator(mode="after")
+    def _heads_share_evenly(self) -> Architecture:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads is {self.num_heads}, not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class BuildModel(Section):
+    """Trains a tokenizer on the demonstrations and initialises a model from numbers, for tasks that need no download."""
+
+    stage: Literal["build_model"]
+    output_dir: str
+    seed: int = 0
+    demonstrations: str
+    """Record file whose text the tokenizer is trained on."""
+    vocab_size: Annotated[int, Field(ge=300)]
+    architecture: Architecture
+    script: ClassVar[str] = "scripts/build_model.py"
+
+
+# ------------------------------------------------------------------------------------------------------------------------- sft
+
+
+class SFT(Section):
+    """Supervised fine-tuning on chain-of-thought scratchpads, with TRL's SFTTrainer."""
+
+    stage: Literal["sft"]
+    output_dir: str
+    seed: int = 0
+    model: Model
+    chat: Chat = Chat()
+    demonstrations: str
+    max_tokens: PositiveInt
+    """A longer demonstration is left out, and counted."""
+    training: OfflineTraining
+    optimizer: Optimizer
+    script: ClassVar[str] = "scripts/train_sft.py"
+
+
+# ---------------------------------------------------------------------------------------------------------------- reward_model
+
+
+class RewardModel(Section):
+    """An outcome reward model on preference pairs, with TRL's RewardTrainer (Bradley-Terry)."""
+
+    stage: Literal["reward_model"]
+    output_dir: str
+    seed: int = 0
+    model: Model
+    chat: Chat = Chat()
+    train_pairs: str
+    heldout_pairs: str
+    max_tokens: PositiveInt
+    centering: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the penalty on (sum of the two rewards)^2, which keeps the scores near zero."""
+    training: OfflineTraining
+    optimizer: Optimizer
+    script: ClassVar[str] = "scripts/train_reward_model.py"
+
+
+# ------------------------------------------------------------------------------------------------------------------------ grpo
+
+
+class RuleReward(Section):
+    """A rule, or any function `my_package.module:name` with the signature of a reward component."""
+
+    name: Annotated[str, Field(pattern=r"^(correctness|format|length|[\w.]+:\w+)$")]
+    weight: float = 1.0
+
+
+class RewardModelReward(Section):
+    """A trained outcome reward model; its score is standardised by its held-out statistics, clipped and scaled by `weight`."""
+
+    name: Literal["reward_model"]
+    weight: float = 1.0
+    path: str
+    clip: Annotated[float, Field(gt=0)] = 3.0
+    """Standard deviations beyond which a score no longer grows."""
+    batch_size: PositiveInt = 64
+
+
+class Algorithm(Section):
+    """What makes it GRPO."""
+
+    advantage: Literal["group_relative"] = "group_relative"
+    scale_by_std: bool = True
+    """Divide by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    """Above clip_low it is DAPO's clip-higher."""
+    aggregation: Literal["token", "sequence"] = "token"
+    """Mean over all tokens of an optimizer step, or mean over sequences of each one's mean."""
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    truncated: Literal["grade", "wrong", "mask"] = "wrong"
+    """A completion cut by max_new_tokens is graded as it stands, counts as wrong, or is kept out of the loss."""
+
+
+class Guards(Section):
+    """Bounds whose breach stops the run with a sentence, before a checkpoint is written."""
+
+    max_kl_sampler: Annotated[float, Field(gt=0)] = 0.05
+    """Nats per token between the engine that samples and the trainer, on policy."""
+    max_undecided_share: Share = 0.1
+    """Share of completions the grader may fail to judge."""
+    freshness_tolerance: Annotated[float, Field(gt=0)] = 0.05
+    """Mean absolute difference, in nats, between the engine's and the trainer's log-probabilities of a probe after each sync."""
+
+
+class GRPORollout(Rollout):
+    prompts_per_batch: PositiveInt
+    """Over all ranks. A rollout batch is sampled by one policy version."""
+
+
+class OnlineTraining(Section):
+    num_batches: PositiveInt
+    """Rollout batches."""
+    minibatches_per_batch: PositiveInt = 1
+    """Optimizer steps per pass over a rollout batch; beyond the first the data is off policy."""
+    passes_per_batch: PositiveInt = 1
+    tokens_per_micro_batch: PositiveInt
+    """Padded tokens per rank and forward pass: the memory knob. It never changes the gradient."""
+    checkpoint_every: PositiveInt = 10
+    """Rollout batches between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+
+
+class GRPO(Section):
+    """Reinforcement learning with verifiable and learned rewards, in this project's own loop."""
+
+    stage: Literal["grpo"]
+    output_dir: str
+    seed: int = 0
+    policy: Model
+    reference: Model | None = None
+    """The frozen model that the KL penalty refers to."""
+    chat: Chat = Chat()
+    problems: str
+    demonstrations: str
+    """Reference solutions: before training they must earn the full reward, and after each weight push both sides score some of them."""
+    rollout: GRPORollout
+    rewards: Annotated[tuple[RewardModelReward | RuleReward, ...], Field(min_length=1)]
+    algorithm: Algorithm = Algorithm()
+    training: OnlineTraining
+    optimizer: Optimizer
+    guards: Guards = Guards()
+    script: ClassVar[str] = "scripts/train_grpo.py"
+
+    @model_validator(mode="after")
+    def _relations(self) -> GRPO:
+        if self.algorithm.kl_coefficient > 0 and self.reference is None:
+            raise ValueError(
+                f"algorithm.kl_coefficient is {self.algorithm.kl_coefficient} but reference is not set; "
+                "name the weights under reference.path or set algorithm.kl_coefficient to 0"
+            )
+        if self.algorithm.kl_coefficient == 0 and self.reference is not None:
+            raise ValueError("reference is set but algorithm.kl_coefficient is 0, so nothing would read it; remove reference or raise the coefficient")
+        if self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"group_relative compares samples of one prompt and rollout.samples_per_prompt is {self.rollout.samples_per_prompt}; set it to 2 or more"
+            )
+        if self.rollout.prompts_per_batch % self.training.minibatches_per_batch:
+            raise ValueError(
+                f"rollout.prompts_per_batch is {self.rollout.prompts_per_batch}, not a multiple of training.minibatches_per_batch "
+                f"{self.training.minibatches_per_batch}; whole groups go into each optimizer step"
+            )
+        if self.training.tokens_per_micro_batch < self.rollout.max_prompt_tokens + self.rollout.max_new_tokens:
+            raise ValueError(
+                f"training.tokens_per_micro_batch is {self.training.tokens_per_micro_batch}, less than one sequence of "
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {self.rollout.max_prompt_tokens + self.rollout.max_new_tokens}; raise it"
+            )
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards name the same component twice: {', '.join(names)}; merge them into one weight")
+        if "correctness" not in names:
+            raise ValueError(f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported")
+        return self
+
+
+# -------------------------------------------------------------------------------------------------------------------- evaluate
+
+
+class Evaluate(Section):
+    """Accuracy of checkpoints on the same problems, with intervals, and their paired difference."""
+
+    stage: Literal["evaluate"]
+    output_dir: str
+    seed: int = 0
+    models: Annotated[dict[str, Model], Field(min_length=1)]
+    """Label to weights; the first is the baseline the last is compared with."""
+    chat: Chat = Chat()
+    problems: str
+    num_problems: PositiveInt | None = None
+    """The first so many; all by default."""
+    rollout: Rollout
+    pass_at: tuple[PositiveInt, ...] = (1,)
+    """The k of pass@k; each at most rollout.samples_per_prompt."""
+    num_shown: Annotated[int, Field(ge=0)] = 3
+    """Problems whose answers by every model are kept for reading."""
+    script: ClassVar[str] = "scripts/evaluate.py"
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Evaluate:
+        if max(self.pass_at) > self.rollout.samples_per_prompt:
+            raise ValueError(
+                f"pass_at asks for pass@{max(self.pass_at)} from rollout.samples_per_prompt = {self.rollout.samples_per_prompt} samples; "
+                "raise samples_per_prompt or lower pass_at"
+            )
+        return self
+
+
+# -------------------------------------------------------------------------------------------------------------------- pipeline
+
+
+class PipelineStage(Section):
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+class Pipeline(Section):
+    """Stages run one after the other, each its own `accelerate launch`."""
+
+    stage: Literal["pipeline"]
+    output_dir: str
+    accelerate_config: str
+    """An accelerate configuration file; it decides ranks, DeepSpeed and precision for every training stage."""
+    stages: Annotated[tuple[PipelineStage, ...], Field(min_length=1)]
+    script: ClassVar[str] = "scripts/run_pipeline.py"
+
+
+Config = PrepareData | BuildModel | SFT | RewardModel | GRPO | Evaluate | Pipeline
+STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- loading
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A sentence that names the closest known name, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file as a dict, with what it `extends` underneath it."""
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(str(path), siblings) if siblings else "recipes live under recipes/"
+        raise ValueError(f"recipe {path} does not exist; {hint}")
+    if path.resolve() in seen:
+        raise ValueError(f"recipe {path} extends itself through {' -> '.join(p.name for p in seen)}; break the circle")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"recipe {path} must be a mapping of keys to values, got {type(raw).__name__}")
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    return merge(read_recipe(path.parent / str(parent), (*seen, path.resolve())), raw)
+
+
+def merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """`overlay` on top of `base`: mappings merge key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in overlay.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=3` as {"a": {"b": 3}}; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ValueError(f"override {text!r} is not of the form key.sub=value")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"the value of override {text!r} is not valid YAML") from None
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return nested
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> Config:
+    """A validated config from a raw recipe.
+
+    Raises:
+        ValueError: one line for each thing wrong, with its key, its value and the repair.
+    """
+    stage = raw.get("stage")
+    if stage not in STAGES:
+        problem = "has no stage key" if stage is None else f"names the stage {stage!r}"
+        raise ValueError(f"{origin} {problem}; {nearest(str(stage), list(STAGES))}")
+    try:
+        return STAGES[stage].model_validate(raw)
+    except ValidationError as error:
+        lines = [explain(e, STAGES[stage]) for e in error.errors()]
+        raise ValueError(f"{origin}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def explain(error: Any, root: type[Section]) -> str:
+    """One pydantic error as a sentence."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"unknown key {key!r}; {nearest(location[-1], known_keys(root, location[:-1]))}"
+        case "missing":
+            return f"key {key!r} is missing; add it"
+        case "value_error":
+            return (f"{key}: " if key else "") + error["msg"].removeprefix("Value error, ")
+        case _:
+            return f"key {key!r} has the value {error['input']!r:.60}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def known_keys(root: type[BaseModel], location: list[str]) -> list[str]:
+    """Field names valid at a location, found by walking the schema."""
+    models = [root]
+    for part in location:
+        inner = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        models = [m for annotation in inner for m in sections_in(annotation)] or models  # an index or a union tag stays where it is
+        tagged = [m for m in models if part in {m.__name__, *_tags(m)}]
+        models = tagged or models
+    return [*dict.fromkeys(name for model in models for name in model.model_fields)]
+
+
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    field = model.model_fields.get("name")
+    return get_args(field.annotation) if field else ()
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """All sections mentioned by a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in sections_in(inner)]
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config of a recipe file with `key.sub=value` overrides applied.
+
+    Raises:
+        ValueError: for anything a user can get wrong in it.
+    """
+    raw = read_recipe(Path(path))
+    for override in overrides:
+        raw = merge(raw, parse_override(override))
+    return parse_config(raw, str(path))
+
+
+def to_yaml(config: Section) -> str:
+    """A config as YAML that loads to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
+    """What one step of a training stage consists of, as (quantity, value) rows; empty for the other stages.
+
+    Raises:
+        ValueError: when the numbers do not divide over `num_ranks`.
+    """
+    if isinstance(config, SFT | RewardModel):
+        training, what = config.training, "demonstrations" if isinstance(config, SFT) else "pairs"
+        accumulation = training.accumulation(num_ranks)
+        return [
+            ("ranks", f"{num_ranks}"),
+            (f"{what} per optimizer step", f"{training.sequences_per_step:,} = {training.micro_batch_size} per micro-batch x {num_ranks} ranks x {accumulation} accumulated"),
+            ("longest sequence", f"{config.max_tokens:,} tokens"),
+            ("optimizer steps", f"{training.num_steps:,}"),
+            (f"{what} seen", f"{training.num_steps * training.sequences_per_step:,}"),
+        ]
+    if not isinstance(config, GRPO):
+        return []
+    rollout, training = config.rollout, config.training
+    if rollout.prompts_per_batch % (num_ranks * training.minibatches_per_batch):
+        raise ValueError(
+            f"rollout.prompts_per_batch is {rollout.prompts_per_batch}, not a multiple of ranks x training.minibatches_per_batch = "
+            f"{num_ranks} x {training.minibatches_per_batch}; change one of them"
+        )
+    completions = rollout.prompts_per_batch * rollout.samples_per_prompt
+    steps_per_batch = training.minibatches_per_batch * training.passes_per_batch
+    policy = "on policy" if steps_per_batch == 1 else f"off policy by up to {steps_per_batch - 1} steps, corrected by the clipped ratio"
+    return [
+        ("ranks", f"{num_ranks}"),
+        ("completions per rollout batch", f"{completions:,} = {rollout.prompts_per_batch} prompts x {rollout.samples_per_prompt} samples"),
+        ("tokens sampled per rollout batch", f"at most {completions * rollout.max_new_tokens:,}"),
+        ("completions per optimizer step", f"{completions // training.minibatches_per_batch:,} ({completions // training.minibatches_per_batch // num_ranks:,} per rank)"),
+        ("micro-batch", f"at most {training.tokens_per_micro_batch:,} padded tokens per rank"),
+        ("rollout batches", f"{training.num_batches:,}"),
+        ("optimizer steps", f"{training.num_batches * steps_per_batch:,} = {training.num_batches} batches x {training.minibatches_per_batch} mini-batches x {training.passes_per_batch} passes"),
+        ("data is", policy),
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m rlhf.config RECIPE [key.sub=value ...]\nPrints the resolved recipe.")
+        return 0 if arguments else 2
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        rows = batch_arithmetic(config, 1)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(to_yaml(config), end="")
+    if rows:
+        print("# on one rank:")
+        for quantity, value in rows:
+            print(f"#   {quantity}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""Ranks, devices and DeepSpeed. The only file that knows DeepSpeed exists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object, set_seed
+from torch import Tensor, nn
+
+
+def start(seed: int) -> Accelerator:
+    """The accelerator that `accelerate launch` configured, with every random generator seeded, the same on all ranks.
+
+    Raises:
+        ValueError: for a set-up the loop does not support yet.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = Accelerator()
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        if plugin.zero_stage == 3:
+            raise ValueError("zero_stage is 3 in the accelerate configuration; the online loop supports stages 0, 1 and 2 so far")
+        # The loop accumulates by itself, with one denominator an optimizer step.
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
+    elif accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps} in the accelerate configuration; "
+            "remove it: training.tokens_per_micro_batch decides how an optimizer step is cut"
+        )
+    set_seed(seed)
+    return accelerator
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def global_sum(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks, on all ranks."""
+    return accelerator.reduce(value.to(accelerator.device), reduction="sum")  # type: ignore[return-value]
+
+
+def global_max(accelerator: Accelerator, value: int) -> int:
+    """Largest of an integer over all ranks, on all ranks."""
+    return max(gather(accelerator, [value]))
+
+
+def gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:
+    """All ranks' items in rank order, on all ranks."""
+    return gather_object(items) if accelerator.num_processes > 1 else items
+
+
+@contextmanager
+def micro_batch(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Around one forward and backward pass: gradients are reduced over ranks at the last one of an optimizer step."""
+    accelerator.sync_gradients = last
+    with nullcontext() if last or is_deepspeed(accelerator) else accelerator.no_sync(model):
+        yield
+
+
+def clip_and_step(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, max_grad_norm: float) -> float:
+    """Clip, step and clear the gradients; returns the norm before clipping.
+
+    Raises:
+        FloatingPointError: when the norm is not finite, before the weights are touched (DeepSpeed: after; nothing is saved).
+    """
+    if is_deepspeed(accelerator):
+        norm = float(model.get_global_grad_norm())  # stepped in its backward pass
+    else:
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))  # type: ignore[arg-type]
+    if not torch.isfinite(torch.tensor(norm)):
+        raise FloatingPointError(f"gradient norm is {norm}; the step is not taken and nothing is saved: lower optimizer.learning_rate or look at the rewards")
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def unwrap(accelerator: Accelerator, model: Any) -> Any:
+    return accelerator.unwrap_model(model)

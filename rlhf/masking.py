@@ -1,0 +1,29 @@
+"""How much each token counts in the loss of an optimizer step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def token_weights(lengths: Tensor, aggregation: Literal["token", "sequence"]) -> Tensor:
+    """Weight of each token of each sequence in the loss of one optimizer step.
+
+    The whole step's loss is sum_i w_i * sum_t loss[i, t], whatever the split into micro-batches and ranks.
+
+    Args:
+        lengths: [B] trained tokens of every sequence of the optimizer step, over all micro-batches and ranks; 0 for one left out.
+        aggregation: `token`: every token counts the same, w_i = 1 / sum_j len_j (DAPO, https://arxiv.org/abs/2503.14476, eq. 12).
+            `sequence`: every sequence counts the same, w_i = 1 / (len_i * number of sequences)
+            (GRPO, https://arxiv.org/abs/2402.03300, eq. 3).
+
+    Returns:
+        [B], 0 for sequences without trained tokens.
+    """
+    lengths = lengths.to(torch.float32)
+    if aggregation == "token":
+        return torch.where(lengths > 0, 1.0 / lengths.sum().clamp(min=1.0), 0.0)
+    num_sequences = (lengths > 0).sum().clamp(min=1)
+    return torch.where(lengths > 0, 1.0 / (lengths.clamp(min=1.0) * num_sequences), 0.0)

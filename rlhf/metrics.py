@@ -1,0 +1,103 @@
+"""Metrics as (total, count), the meaning of each key, and where they go."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+MEANING = {
+    "step": "optimizer steps taken",
+    "batch": "rollout batches trained on",
+    "reward/total": "mean reward of a completion: weighted sum of the components",
+    "reward/correctness": "share of judged completions with the right answer",
+    "reward/group_std": "mean standard deviation of the rewards of a group",
+    "reward/groups_with_signal": "share of groups whose rewards are not all equal; the others have no gradient",
+    "rollout/length": "mean tokens of a completion",
+    "rollout/truncated": "share of completions cut by max_new_tokens",
+    "rollout/undecided": "share of completions the grader could not judge; their groups are left out",
+    "policy/loss": "loss of the optimizer step, summed over its tokens with their weights",
+    "policy/entropy": "mean entropy in nats of the policy at trained tokens",
+    "policy/clip_fraction": "share of trained tokens whose gradient the clip took away",
+    "policy/kl_sampler": "k3 estimate of KL(sampler || trainer) per token, measured before the policy moves; 0 up to rounding",
+    "policy/kl_reference": "estimate of KL(policy || reference) per trained token, only with a reference",
+    "policy/grad_norm": "gradient norm before clipping, mean over the batch's optimizer steps",
+    "sync/error": "nats per token between engine and trainer on the probe after the sync",
+    "seconds/rollout": "time sampling",
+    "seconds/reward": "time scoring",
+    "seconds/train": "time in forward, backward and optimizer",
+    "seconds/sync": "time pushing weights and checking them",
+}
+"""Components named in a recipe add `reward/<name>`."""
+
+
+class Metrics:
+    """Accumulates totals and counts, so that means over micro-batches and ranks are means over tokens, not means of means.
+
+    Example: a rank with 1 token of value 2 and a rank with 3 tokens of value 0 have mean 0.5, not 1.
+    """
+
+    def __init__(self) -> None:
+        self._total: dict[str, float] = defaultdict(float)
+        self._count: dict[str, float] = defaultdict(float)
+
+    def add(self, key: str, *, total: float, count: float) -> None:
+        self._total[key] += total
+        self._count[key] += count
+
+    def pairs(self) -> dict[str, tuple[float, float]]:
+        return {key: (self._total[key], self._count[key]) for key in self._total}
+
+
+def reduce_metrics(per_rank: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Means over the (total, count) pairs of all ranks; keys without any count are left out."""
+    total: dict[str, float] = defaultdict(float)
+    count: dict[str, float] = defaultdict(float)
+    for pairs in per_rank:
+        for key, (t, c) in pairs.items():
+            total[key] += t
+            count[key] += c
+    return {key: total[key] / count[key] for key in total if count[key]}
+
+
+def append_jsonl(path: Path, row: dict[str, float]) -> None:
+    with path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def truncate_jsonl(path: Path, *, key: str, below: float) -> None:
+    """Drop the rows that a resumed run is about to write again."""
+    if path.is_file():
+        kept = [row for row in read_jsonl(path) if row[key] < below]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def console_line(row: dict[str, float], total_batches: int) -> str:
+    """One batch on one line; a dash where nothing was measured."""
+    seconds = sum(value for key, value in row.items() if key.startswith("seconds/"))
+
+    def show(label: str, key: str, form: str) -> str:
+        return f"{label} {format(row[key], form) if key in row else '-'}"
+
+    return "  ".join(
+        (
+            f"batch {row['batch']:>4.0f}/{total_batches}",
+            show("reward", "reward/total", "6.3f"),
+            show("correct", "reward/correctness", "5.1%"),
+            show("length", "rollout/length", "5.1f"),
+            show("truncated", "rollout/truncated", ".1%"),
+            show("entropy", "policy/entropy", "5.3f"),
+            show("kl_sampler", "policy/kl_sampler", ".1e"),
+            show("signal", "reward/groups_with_signal", "4.0%"),
+            f"{seconds:.1f} s",
+        )
+    )
+
+
+if __name__ == "__main__":
+    for name, meaning in MEANING.items():
+        print(f"{name:26} {meaning}")

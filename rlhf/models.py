@@ -1,0 +1,73 @@
+"""Loading and building models. Weights are safetensors only, and no code that comes with them is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from rlhf.config import Architecture, Dtype
+
+
+def check_model_path(path: str, key: str) -> None:
+    """Raise before anything is loaded when `path` looks like a local folder and holds no model.
+
+    Raises:
+        ValueError: naming the recipe's key and the stage that makes the folder.
+    """
+    local = Path(path)
+    if local.exists():
+        if not (local / "config.json").is_file():
+            raise ValueError(f"{key} is {path}, which has no config.json; point it at a saved model")
+        if not list(local.glob("*.safetensors")):
+            raise ValueError(f"{key} is {path}, which has no .safetensors weights; other formats are not loaded because unpickling can run code")
+    elif path.startswith(("/", ".", "outputs/")) or path.count("/") != 1:
+        raise ValueError(f"{key} is {path}, which does not exist; run the stage that writes it first or correct the path")
+
+
+def load_causal_lm(path: str, *, revision: str | None, dtype: Dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        path, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+    )
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: when it has no chat template, or pads with the token that ends a turn: masking one would mask the other.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {path} has no chat template; use an instruct model or add chat_template.jinja beside it")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ValueError(f"the tokenizer of {path} pads with {tokenizer.pad_token!r}, and ends a turn with {tokenizer.eos_token!r}; give it a pad token of its own")
+    return tokenizer
+
+
+def max_positions(path: str, *, revision: str | None = None) -> int:
+    """Longest sequence the model's position embedding was made for; reads the config only."""
+    return int(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).max_position_embeddings)
+
+
+def build_qwen3(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Qwen3ForCausalLM:
+    """A randomly initialised Qwen3 with tied embeddings, sized for the tokenizer."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=architecture.hidden_size,
+            intermediate_size=architecture.intermediate_size,
+            num_hidden_layers=architecture.num_layers,
+            num_attention_heads=architecture.num_heads,
+            num_key_value_heads=architecture.num_kv_heads,
+            head_dim=architecture.head_dim,
+            max_position_embeddings=architecture.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )

@@ -1,0 +1,111 @@
+"""Stages one after the other: checked together before the first starts, skipped when finished, resumed after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import GRPO, Config, Evaluate, Pipeline, RewardModel, batch_arithmetic, load_config
+from rlhf.report import before_and_after, draw, evaluation_table
+from rlhf.run import Run, check_output_dir, finished, say, write_json
+
+
+def load_stages(config: Pipeline) -> list[tuple[Config, list[str]]]:
+    """Every stage's config with its command-line arguments, all of them valid.
+
+    Raises:
+        ValueError: for the first recipe or output folder that is not.
+    """
+    stages = []
+    for stage in config.stages:
+        loaded = load_config(stage.recipe, stage.overrides)
+        if isinstance(loaded, Pipeline):
+            raise ValueError(f"{stage.recipe} is itself a pipeline; list its stages instead")
+        check_output_dir(loaded)
+        batch_arithmetic(loaded, 1)
+        stages.append((loaded, ["--config", stage.recipe, *stage.overrides]))
+    folders = [loaded.output_dir for loaded, _ in stages]
+    doubled = {folder for folder in folders if folders.count(folder) > 1}
+    if doubled:
+        raise ValueError(f"two stages write to output_dir {doubled.pop()}; give each its own")
+    if not Path(config.accelerate_config).is_file():
+        raise ValueError(f"accelerate_config {config.accelerate_config} does not exist; see recipes/accelerate/")
+    return stages
+
+
+def run_pipeline(config: Pipeline, run: Run) -> None:
+    """Run what is not finished, then write summary.json and a picture."""
+    stages = load_stages(config)
+    rerun = False
+    for number, (stage, arguments) in enumerate(stages, 1):
+        title = f"[{number}/{len(stages)}] {stage.stage}"
+        done = finished(stage)
+        if done is not None and not rerun:
+            say(f"{title}: finished before, skipped ({done['seconds']:.0f} s then)")
+            continue
+        if done is not None:
+            raise ValueError(f"{stage.output_dir} is finished but an earlier stage was run again, so it stands on old inputs; delete it")
+        rerun = True
+        say(f"{title}: {stage.script} {' '.join(arguments)}")
+        started = time.time()
+        launch([sys.executable, "-m", "accelerate.commands.launch", "--config_file", config.accelerate_config, stage.script, *arguments])
+        say(f"{title}: done in {time.time() - started:.0f} s\n")
+        record = Path(stage.output_dir) / "wall_seconds"
+        record.write_text(f"{time.time() - started:.1f}\n")
+    summary = summarise(run.folder, [stage for stage, _ in stages])
+    run.finish(**summary)
+
+
+def launch(command: list[str]) -> None:
+    """Run a stage as a child that never outlives this process.
+
+    Raises:
+        SystemExit: when it fails; its own output says why.
+    """
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}, start_new_session=True)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = child.wait()
+    except BaseException:
+        os.killpg(child.pid, signal.SIGTERM)
+        child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if code:
+        say(f"the stage failed (exit code {code}); repair what it says above, then run the same command: finished stages are skipped and this one continues")
+        sys.exit(code if code > 0 else 1)
+
+
+def summarise(folder: Path, stages: list[Config]) -> dict[str, Any]:
+    """summary.json, the picture and the tables, from what the stages left."""
+    results = {stage.stage: finished(stage) or {} for stage in stages}
+    summary: dict[str, Any] = {}
+    for stage in stages:
+        done = results[stage.stage]
+        if isinstance(stage, Evaluate):
+            summary["pass_at_1"] = {label: model["pass_at_1"] for label, model in done["models"].items()}
+            summary["paired_difference"] = done["paired_difference"] and {k: done["paired_difference"][k] for k in ("mean", "low", "high")}
+        if isinstance(stage, RewardModel):
+            summary["reward_model_accuracy"] = done["accuracy"]
+        if isinstance(stage, GRPO):
+            summary["rollout_engine"], summary["max_kl_sampler"] = done["rollout_engine"], done["max_kl_sampler"]
+    summary["seconds"] = {stage.stage: float((Path(stage.output_dir) / "wall_seconds").read_text()) for stage in stages}
+    summary["peak_memory_gb"] = max(done["peak_memory_gb"] for done in results.values())
+    write_json(folder / "summary.json", summary)
+
+    grpo = next((stage for stage in stages if isinstance(stage, GRPO)), None)
+    evaluation = results.get("evaluate")
+    if evaluation:
+        say(before_and_after(evaluation))
+        say("\n" + evaluation_table(evaluation))
+    if grpo and evaluation:
+        draw(Path(grpo.output_dir) / "metrics.jsonl", evaluation, folder / "summary.png")
+        say(f"\npicture: {folder / 'summary.png'}")
+    say(f"summary: {folder / 'summary.json'}")
+    return summary

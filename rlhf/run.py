@@ -1,0 +1,144 @@
+"""A stage's command line, its output folder, and what it leaves there: `recipe.yaml`, `run.json` once finished."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from rlhf.config import Config, batch_arithmetic, load_config, to_yaml
+
+RECIPE, FINISHED = "recipe.yaml", "run.json"
+
+C = TypeVar("C", bound=Config)
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(text: str) -> None:
+    """Print once, whatever the number of ranks."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """`key: old there, new here` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in [*old, *(k for k in new if k not in old)] for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix.rstrip('.')} is {old!r} there and {new!r} here"]
+
+
+def check_output_dir(config: Config) -> None:
+    """Raise when the output folder belongs to something else.
+
+    Raises:
+        ValueError: when it holds another run or foreign files.
+    """
+    folder = Path(config.output_dir)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    recipe = folder / RECIPE
+    repair = "choose another output_dir or delete the folder"
+    if not recipe.is_file():
+        raise ValueError(f"output_dir {folder} is not empty and holds no run of this project; {repair}")
+    changed = differences(yaml.safe_load(recipe.read_text(encoding="utf-8")), config.model_dump(mode="json"))
+    if changed:
+        raise ValueError(f"output_dir {folder} holds another run ({'; '.join(changed[:3])}); {repair}")
+
+
+def finished(config: Config) -> dict[str, Any] | None:
+    """What the stage left when it finished with this very recipe, else None."""
+    path = Path(config.output_dir) / FINISHED
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An output folder opened for writing."""
+
+    folder: Path
+    started: float
+
+    def finish(self, **results: Any) -> None:
+        """Mark the stage finished; `results` are what later stages and the summary read."""
+        if is_main_process():
+            write_json(self.folder / FINISHED, {**results, "seconds": round(time.time() - self.started, 1), "peak_memory_gb": peak_memory_gb(), "git": git_revision()})
+
+
+def open_run(config: Config) -> Run:
+    check_output_dir(config)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_main_process() and not (folder / RECIPE).is_file():
+        (folder / RECIPE).write_text(to_yaml(config), encoding="utf-8")
+    return Run(folder, time.time())
+
+
+def peak_memory_gb() -> float:
+    """Largest resident size of this process so far."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def git_revision() -> str:
+    """Commit the code is at, with a mark when it was changed since; `unknown` outside a checkout."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def format_table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(quantity) for quantity, _ in rows)
+    return "\n".join(f"  {quantity:{width}}  {value}" for quantity, value in rows)
+
+
+def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
+    """The `main` of a stage script: `--config RECIPE [key.sub=value ...]`.
+
+    A fault of the user's is one sentence on stderr and exit code 2.
+    """
+    parser = argparse.ArgumentParser(description=config_class.__doc__)
+    parser.add_argument("--config", required=True, metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if not isinstance(config, config_class):
+            raise ValueError(f"{arguments.config} is a recipe for the stage {config.stage}; run {config.script} with it")
+        check_output_dir(config)
+        if finished(config) is not None:
+            say(f"{config.output_dir} holds this very run, finished; delete it to run again")
+            return
+        rows = batch_arithmetic(config, num_ranks())
+        if rows:
+            say(f"{config.stage}: batch arithmetic\n{format_table(rows)}")
+        stage(config, open_run(config))
+    except ValueError as error:
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,359 @@
+"""The online loop: sample a rollout batch, score it, take optimizer steps on it, push the weights, repeat.
+
+    prompts ─engine.generate─▶ rollouts ─reward_fn─▶ scores ─group_relative─▶ advantages
+      ─pack─▶ micro-batches ─policy─▶ logprobs ─clipped_policy_loss─▶ per token ─▶ sum of weight x loss
+
+Notation: a rollout batch has P prompts x G samples, all sampled by one policy version; it is trained on in `minibatches_per_batch`
+optimizer steps, `passes_per_batch` times. Each optimizer step has one denominator, fixed before its first backward pass and summed
+over ranks and micro-batches (rlhf/masking.py::token_weights), so how a step is cut never changes its gradient.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import get_scheduler
+
+from rlhf.advantages import ADVANTAGES
+from rlhf.checkpoint import load_newest, save_checkpoint
+from rlhf.config import GRPO
+from rlhf.distributed import clip_and_step, gather, global_max, micro_batch, unwrap
+from rlhf.kl import KL, k3
+from rlhf.logprobs import token_entropy, token_logprobs
+from rlhf.losses import clipped_policy_loss, is_clipped
+from rlhf.masking import token_weights
+from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
+from rlhf.packing import pack, token_budget_chunks
+from rlhf.rollout.engine import RolloutEngine
+from rlhf.run import Run, say
+from rlhf.types import Batch, Prompt, RewardFn, Rollout, Score
+from rlhf.weight_sync import Probe, WeightSync
+
+
+def prompts_of_batch(num_prompts: int, batch: int, size: int, *, seed: int) -> list[int]:
+    """Which prompts a rollout batch takes: epochs of fresh permutations, a function of (seed, batch) alone, so a resume repeats it."""
+    indices = []
+    for position in range(batch * size, (batch + 1) * size):
+        epoch, offset = divmod(position, num_prompts)
+        indices.append((epoch, offset))
+    orders = {epoch: random.Random(f"{seed}-{epoch}").sample(range(num_prompts), num_prompts) for epoch in {epoch for epoch, _ in indices}}
+    return [orders[epoch][offset] for epoch, offset in indices]
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """A scored rollout batch of this rank: `rollouts` lists the G samples of each prompt next to each other."""
+
+    rollouts: list[Rollout]
+    scores: list[Score]
+    advantages: Tensor
+    """[B]"""
+    trained: Tensor
+    """[B] False for what stays out of the loss: undecided groups, masked truncated completions."""
+
+
+def score_rollouts(rollouts: Sequence[Rollout], scores: Sequence[Score], config: GRPO) -> Experience:
+    """Advantages of whole groups, computed before anything is left out.
+
+    A group with an undecided completion is dropped as a whole: a grader's failure is neither a 0 nor a smaller group.
+    """
+    size = config.rollout.samples_per_prompt
+    undecided = torch.tensor([score.value is None for score in scores]).view(-1, size)
+    rewards = torch.tensor([score.value if score.value is not None else 0.0 for score in scores]).view(-1, size)
+    advantages = ADVANTAGES[config.algorithm.advantage](rewards, scale_by_std=config.algorithm.scale_by_std)
+    trained = ~undecided.any(1, keepdim=True).expand(-1, size)
+    if config.algorithm.truncated == "mask":
+        trained = trained & torch.tensor([r.finish_reason == "stop" for r in rollouts]).view(-1, size)
+    trained = trained.reshape(-1)
+    return Experience(list(rollouts), list(scores), torch.where(trained, advantages.reshape(-1), 0.0), trained)
+
+
+class OnlineTrainer:
+    """Trains a policy with group-relative policy optimisation (https://arxiv.org/abs/2402.03300).
+
+    Args:
+        config: the recipe.
+        accelerator: as `rlhf.distributed.start` made it.
+        policy: causal language model with float weights.
+        reference: frozen model for the KL penalty, or None.
+        engine: holds the same weights as `policy`.
+        prompts: every problem, rendered.
+        reward_fn: scores rollouts; runs on every rank on that rank's rollouts.
+        probes: sequences for the freshness check.
+        pad_token_id: of the tokenizer.
+        run: where metrics and checkpoints go.
+    """
+
+    def __init__(
+        self,
+        config: GRPO,
+        accelerator: Accelerator,
+        *,
+        policy: Any,
+        reference: Any | None,
+        engine: RolloutEngine,
+        prompts: Sequence[Prompt],
+        reward_fn: RewardFn,
+        probes: Sequence[Probe],
+        pad_token_id: int,
+        run: Run,
+    ) -> None:
+        self.config, self.accelerator, self.engine = config, accelerator, engine
+        self.prompts, self.reward_fn, self.pad_token_id, self.run = prompts, reward_fn, pad_token_id, run
+        o = config.optimizer
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
+        steps = config.training.num_batches * self.steps_per_batch
+        scheduler = get_scheduler(
+            "constant_with_warmup" if o.schedule == "constant" else o.schedule, optimizer, num_warmup_steps=o.warmup_steps, num_training_steps=steps
+        )
+        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        self.scheduler = scheduler
+        accelerator.register_for_checkpointing(scheduler)
+        self.reference = reference.to(accelerator.device).eval() if reference is not None else None
+        self.policy_version, self.first_batch = 0, 0
+        saved = load_newest(accelerator, self.checkpoints)
+        if saved is not None:
+            self.policy_version, self.first_batch = saved["policy_version"], saved["batch"]
+            say(f"resuming after batch {self.first_batch}, policy version {self.policy_version}")
+        truncate_jsonl(self.metrics_file, key="batch", below=self.first_batch + 1)
+        self.policy.eval()  # dropout would make the trainer's policy another one than the sampler's
+        if saved is not None:
+            engine.load_weights(((n, p.detach()) for n, p in self.unwrapped.named_parameters()), policy_version=self.policy_version)
+        self.sync = WeightSync(engine, self.unwrapped, probes, tolerance=config.guards.freshness_tolerance)
+
+    @property
+    def unwrapped(self) -> Any:
+        return unwrap(self.accelerator, self.policy)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.folder / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.run.folder / "metrics.jsonl"
+
+    @property
+    def steps_per_batch(self) -> int:
+        return self.config.training.minibatches_per_batch * self.config.training.passes_per_batch
+
+    # ---------------------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> list[dict[str, float]]:
+        """All rollout batches that are left; returns the metrics of each.
+
+        Raises:
+            RuntimeError: when a guard's bound is breached; the last checkpoint stays valid.
+            FloatingPointError: when a loss or gradient is not finite.
+        """
+        training = self.config.training
+        history = []
+        for batch in range(self.first_batch, training.num_batches):
+            metrics = Metrics()
+            with self._timed(metrics, "rollout"):
+                rollouts = self.sample(batch)
+            with self._timed(metrics, "reward"):
+                experience = score_rollouts(rollouts, self.reward_fn(rollouts), self.config)
+            self._describe(experience, metrics)
+            with self._timed(metrics, "train"):
+                self.update(experience, metrics)
+            with self._timed(metrics, "sync"):
+                freshness = self.sync.push(policy_version=self.policy_version)
+            metrics.add("sync/error", total=freshness.error, count=1)
+            row = {"batch": batch + 1, "step": self.policy_version, **reduce_metrics(gather(self.accelerator, [metrics.pairs()]))}
+            history.append(row)
+            if self.accelerator.is_main_process:
+                append_jsonl(self.metrics_file, row)
+            say(console_line(row, training.num_batches))
+            if (batch + 1) % training.checkpoint_every == 0 and batch + 1 < training.num_batches:
+                save_checkpoint(
+                    self.accelerator, self.checkpoints, batch=batch + 1, keep=training.keep_checkpoints, state={"policy_version": self.policy_version}
+                )
+        return history
+
+    def save(self, tokenizer: Any) -> None:
+        """The trained policy and its tokenizer, in the run's folder."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.unwrapped.save_pretrained(self.run.folder)
+            tokenizer.save_pretrained(self.run.folder)
+
+    def summary(self) -> dict[str, Any]:
+        """What the whole run, resumed or not, comes to."""
+        rows = read_jsonl(self.metrics_file)
+        measured = [row["policy/kl_sampler"] for row in rows if "policy/kl_sampler" in row]
+        return {"rollout_engine": self.engine.name, "max_kl_sampler": max(measured, default=None), "policy_version": self.policy_version}
+
+    def sample(self, batch: int) -> list[Rollout]:
+        """This rank's share of a rollout batch."""
+        rollout, ranks, rank = self.config.rollout, self.accelerator.num_processes, self.accelerator.process_index
+        chosen = prompts_of_batch(len(self.prompts), batch, rollout.prompts_per_batch, seed=self.config.seed)
+        rollouts = self.engine.generate(
+            [self.prompts[i] for i in chosen[rank::ranks]],
+            samples_per_prompt=rollout.samples_per_prompt,
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+            seed=hash((self.config.seed, batch, rank)) & 0x7FFFFFFF,
+        )
+        stale = {r.policy_version for r in rollouts} - {self.policy_version}
+        if stale:
+            raise RuntimeError(f"rollouts come from policy version {min(stale)} while the trainer is at {self.policy_version}; the engine missed a weight push")
+        return rollouts
+
+    def update(self, experience: Experience, metrics: Metrics) -> None:
+        """The optimizer steps of one rollout batch."""
+        training, size = self.config.training, self.config.rollout.samples_per_prompt
+        num_groups = len(experience.rollouts) // size
+        per_minibatch = num_groups // training.minibatches_per_batch
+        minibatches = [
+            [g * size + s for g in range(m * per_minibatch, (m + 1) * per_minibatch) for s in range(size)] for m in range(training.minibatches_per_batch)
+        ]
+        plans = [self._plan(experience, rows) for rows in minibatches]
+        # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.
+        old = [[self._logprobs(micro) for micro, _ in plan] if m else None for m, plan in enumerate(plans)]
+        for pass_number in range(training.passes_per_batch):
+            for m, plan in enumerate(plans):
+                old[m] = self._optimizer_step(plan, old[m], metrics, first=pass_number == 0 and m == 0)
+
+    # ------------------------------------------------------------------------------------------------------- one optimizer step
+
+    def _plan(self, experience: Experience, rows: list[int]) -> list[tuple[Batch, Tensor]]:
+        """Micro-batches of one optimizer step, each with the weight of its sequences; the same number on every rank.
+
+        Sequences without advantage have no gradient unless a KL penalty gives them one, so they are not computed; the denominator
+        counts them all the same.
+        """
+        lengths = torch.tensor([len(experience.rollouts[i].token_ids) if experience.trained[i] else 0 for i in rows])
+        all_lengths = torch.tensor(gather(self.accelerator, lengths.tolist()))
+        weights = token_weights(all_lengths, self.config.algorithm.aggregation)
+        offset = self.accelerator.process_index * len(rows)
+        weight_of = dict(zip(rows, weights[offset : offset + len(rows)].tolist(), strict=True))
+        needed = [i for i in rows if experience.trained[i] and (experience.advantages[i] != 0 or self.reference is not None)]
+        totals = [len(experience.rollouts[i].prompt.token_ids) + len(experience.rollouts[i].token_ids) for i in needed]
+        chunks = [[needed[j] for j in chunk] for chunk in token_budget_chunks(totals, self.config.training.tokens_per_micro_batch)]
+        nothing = torch.zeros_like(experience.trained)
+        plan = [self._pack(experience, chunk, experience.trained, weight_of) for chunk in chunks]
+        idle = global_max(self.accelerator, max(1, len(chunks))) - len(chunks)
+        return plan + [self._pack(experience, rows[:1], nothing, weight_of) for _ in range(idle)]
+
+    def _pack(self, experience: Experience, rows: list[int], trained: Tensor, weight_of: dict[int, float]) -> tuple[Batch, Tensor]:
+        batch = pack(experience.rollouts, rows, experience.advantages, trained, pad_token_id=self.pad_token_id)
+        return batch, torch.tensor([weight_of[i] for i in rows])
+
+    def _forward(self, model: Any, batch: Batch) -> Tensor:
+        """Logits at the trained targets: [N, V]."""
+        device = self.accelerator.device
+        logits = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False).logits
+        return logits[batch.mask.to(device)]
+
+    @torch.no_grad()
+    def _logprobs(self, batch: Batch, model: Any | None = None) -> Tensor:
+        """[N] log-probabilities of the trained targets, without gradient."""
+        logits = self._forward(model or self.policy, batch)
+        return token_logprobs(logits, batch.targets[batch.mask].to(logits.device), temperature=self.config.rollout.temperature)
+
+    def _optimizer_step(self, plan: list[tuple[Batch, Tensor]], old: list[Tensor] | None, metrics: Metrics, *, first: bool) -> list[Tensor]:
+        """One optimizer step; returns the old log-probabilities it used, for later passes."""
+        algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
+        used: list[Tensor] = []
+        total_loss = 0.0
+        local = Metrics()
+        for i, (batch, weights) in enumerate(plan):
+            last = i == len(plan) - 1
+            with micro_batch(self.accelerator, self.policy, last=last):
+                logits = self._forward(self.policy, batch)
+                targets = batch.targets[batch.mask].to(logits.device)
+                logprobs = token_logprobs(logits, targets, temperature=temperature)
+                old_logprobs = logprobs.detach() if old is None else old[i]
+                advantages = batch.advantages[batch.mask].to(logits.device)
+                per_token = clipped_policy_loss(logprobs, old_logprobs, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+                if self.reference is not None:
+                    kl = KL[algorithm.kl_estimator](logprobs, self._logprobs(batch, self.reference))
+                    per_token = per_token + algorithm.kl_coefficient * kl
+                    local.add("policy/kl_reference", total=kl.sum().item(), count=kl.numel())
+                weight = weights.unsqueeze(1).expand(batch.mask.shape)[batch.mask].to(logits.device)
+                loss = (per_token * weight).sum()  # 0, with a gradient of 0, on an idle pass
+                self._describe_tokens(local, batch, logits, logprobs, old_logprobs, advantages, on_policy=old is None or first)
+                self._require_finite(loss)
+                total_loss += loss.item()
+                if last:
+                    self._check_kl(local)
+                # Ranks average their gradients; the weights already carry the denominator of all of them.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            used.append(old_logprobs)
+        norm = clip_and_step(self.accelerator, self.policy, self.optimizer, self.scheduler, self.config.optimizer.max_grad_norm)
+        self.policy_version += 1
+        metrics.add("policy/grad_norm", total=norm, count=1)
+        metrics.add("policy/loss", total=total_loss * self.accelerator.num_processes, count=1)
+        for key, (total, count) in local.pairs().items():
+            metrics.add(key, total=total, count=count)
+        return used
+
+    # ------------------------------------------------------------------------------------------------------- metrics and guards
+
+    @torch.no_grad()
+    def _describe_tokens(
+        self, metrics: Metrics, batch: Batch, logits: Tensor, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, on_policy: bool
+    ) -> None:
+        algorithm, count = self.config.algorithm, logprobs.numel()
+        clipped = is_clipped(logprobs, old_logprobs, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+        metrics.add("policy/clip_fraction", total=clipped.sum().item(), count=count)
+        metrics.add("policy/entropy", total=token_entropy(logits, temperature=self.config.rollout.temperature).sum().item(), count=count)
+        sampler = batch.sampler_logprobs[batch.mask].to(logits.device)
+        metrics.add("policy/kl_sampler", total=k3(sampler, old_logprobs).sum().item(), count=count)
+
+    def _check_kl(self, metrics: Metrics) -> None:
+        """Before the step is taken: the engine and the trainer must be the same policy."""
+        kl = reduce_metrics(gather(self.accelerator, [metrics.pairs()])).get("policy/kl_sampler", 0.0)
+        bound = self.config.guards.max_kl_sampler
+        if not kl <= bound:
+            raise RuntimeError(
+                f"policy/kl_sampler is {kl:.3g} nats per token, above guards.max_kl_sampler {bound:g}: the engine that samples is not the policy "
+                "that is trained. Look at sync/error in metrics.jsonl (stale weights), at rollout.temperature, at rollout.dtype against the "
+                "trainer's, and for MoE models at router disagreement"
+            )
+
+    def _require_finite(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()}; the step is not taken and nothing is saved: lower optimizer.learning_rate or look at the rewards")
+
+    def _describe(self, experience: Experience, metrics: Metrics) -> None:
+        """Metrics of the rollouts; stops the run when too many could not be judged."""
+        size = self.config.rollout.samples_per_prompt
+        for rollout, score in zip(experience.rollouts, experience.scores, strict=True):
+            metrics.add("rollout/length", total=len(rollout.token_ids), count=1)
+            metrics.add("rollout/truncated", total=rollout.finish_reason == "length", count=1)
+            metrics.add("rollout/undecided", total=score.value is None, count=1)
+            if score.value is not None:
+                metrics.add("reward/total", total=score.value, count=1)
+                metrics.add("reward/correctness", total=score.verdict == "correct", count=1)
+                for name, value in score.components.items():
+                    if name != "correctness":
+                        metrics.add(f"reward/{name}", total=value, count=1)
+        for start in range(0, len(experience.scores), size):
+            values = torch.tensor([s.value if s.value is not None else float("nan") for s in experience.scores[start : start + size]])
+            if not values.isnan().any():
+                metrics.add("reward/group_std", total=values.std().item(), count=1)
+                metrics.add("reward/groups_with_signal", total=bool((values != values[0]).any()), count=1)
+        share = reduce_metrics(gather(self.accelerator, [metrics.pairs()]))["rollout/undecided"]
+        if share > self.config.guards.max_undecided_share:
+            reasons = sorted({score.reason for score in experience.scores if score.value is None})
+            raise RuntimeError(
+                f"{share:.0%} of the completions could not be judged, above guards.max_undecided_share {self.config.guards.max_undecided_share:.0%} "
+                f"(reasons here: {'; '.join(reasons[:3])}); repair the references or the grader, nothing was learnt from this batch"
+            )
+
+    @contextmanager
+    def _timed(self, metrics: Metrics, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        metrics.add(f"seconds/{name}", total=time.perf_counter() - started, count=1)

@@ -1,0 +1,99 @@
+"""Values that cross a stage boundary. Frozen, named, and each guards its own invariants.
+
+Letters used in shapes everywhere: `P` prompts, `G` samples per prompt, `B` sequences, `T` target positions, `V` vocabulary.
+
+Alignment, decided here once: a sequence of `T + 1` tokens has `T` targets. `input_ids[:, t]` predicts `targets[:, t]`,
+which is the token at position `t + 1`; every per-token tensor (log-probabilities, advantages, masks) is aligned with targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Verdict = Literal["correct", "wrong", "undecided"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question as the policy sees it."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    """The rendered conversation up to and including the generation prompt."""
+    question: str
+    reference: str
+    """The reference answer a grader compares with."""
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise ValueError(f"prompt {self.id!r} has no tokens; check the chat template")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled completion of one prompt."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    """[T] the sampled tokens, end-of-sequence token included when there is one."""
+    logprobs: tuple[float, ...]
+    """[T] log-probabilities reported by the engine that sampled, at the sampling temperature."""
+    finish_reason: FinishReason
+    """`stop` when the policy ended it, `length` when `max_new_tokens` cut it."""
+    text: str
+    """The decoded completion, without the end-of-sequence token."""
+    policy_version: int
+    """Optimizer steps the sampling weights had seen."""
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise ValueError(f"prompt {self.prompt.id!r} got an empty completion; set rollout.max_new_tokens to 1 or more")
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities for {self.prompt.id!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What the reward functions say of one rollout."""
+
+    verdict: Verdict
+    """Of the correctness grader. `undecided` is a fault of the grader or the reference, never of the policy."""
+    value: float | None
+    """The total reward; None exactly when undecided, so that it cannot be mistaken for a 0."""
+    components: Mapping[str, float] = field(default_factory=dict)
+    """Each component before its weight, by name."""
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.value is None) != (self.verdict == "undecided"):
+            raise ValueError(f"score value {self.value} contradicts verdict {self.verdict!r}; only an undecided rollout has no value")
+
+
+RewardFn = Callable[[Sequence[Rollout]], list[Score]]
+"""Scores a list of rollouts, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch of whole sequences, padded on the right."""
+
+    input_ids: Tensor
+    """[B, T] prompt and completion, last token left out."""
+    attention_mask: Tensor
+    """[B, T] True on real tokens."""
+    targets: Tensor
+    """[B, T] the next token of each position; 0 where `mask` is False."""
+    mask: Tensor
+    """[B, T] True where the target is a completion token that is trained on."""
+    sampler_logprobs: Tensor
+    """[B, T] as the rollout engine reported them; 0 where `mask` is False."""
+    advantages: Tensor
+    """[B, T] 0 where `mask` is False."""
+    rows: tuple[int, ...]
+    """[B] index of each sequence in the rollout batch it came from."""

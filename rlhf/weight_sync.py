@@ -1,0 +1,92 @@
+"""Trainer weights into the rollout engine, and the proof that they arrived. The only code that knows both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rlhf.logprobs import token_logprobs
+from rlhf.rollout.engine import RolloutEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A fixed sequence that both sides score after every sync."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """How far the engine is from the trainer on the probe, in nats per token (means of absolute differences)."""
+
+    error: float
+    """Engine against the trainer's weights now."""
+    stale_error: float
+    """Engine against the trainer's weights at the sync before."""
+    moved: float
+    """The trainer's weights now against those at the sync before."""
+
+
+class WeightSync:
+    """Pushes weights and checks them.
+
+    An engine that silently kept its old weights is caught twice: its log-probabilities are further than `tolerance` from the
+    trainer's, or, when the weights moved less than rounding, they are nearer to the previous weights' than to the current ones'.
+
+    Example:
+        sync = WeightSync(engine, policy, probes, tolerance=0.05)
+        sync.push(policy_version=1)      # raises when the engine does not answer as the new weights would
+    """
+
+    def __init__(self, engine: RolloutEngine, policy: nn.Module, probes: Sequence[Probe], *, tolerance: float) -> None:
+        self._engine, self._policy, self._probes, self._tolerance = engine, policy, probes, tolerance
+        self._previous = self._trainer_logprobs()
+        self._check(self._previous)
+
+    def push(self, *, policy_version: int) -> Freshness:
+        """Send the policy's weights and check that the engine uses them.
+
+        Raises:
+            RuntimeError: when it does not.
+        """
+        self._engine.load_weights(
+            ((name, parameter.detach()) for name, parameter in self._policy.named_parameters()), policy_version=policy_version
+        )
+        if self._engine.policy_version != policy_version:
+            raise RuntimeError(f"the {self._engine.name} engine reports policy version {self._engine.policy_version} after a push of {policy_version}")
+        current = self._trainer_logprobs()
+        freshness = self._check(current)
+        self._previous = current
+        return freshness
+
+    def _check(self, current: torch.Tensor) -> Freshness:
+        engine = torch.tensor([logprob for p in self._probes for logprob in self._engine.score(p.prompt_ids, p.completion_ids)])
+        freshness = Freshness(
+            error=(engine - current).abs().mean().item(),
+            stale_error=(engine - self._previous).abs().mean().item(),
+            moved=(current - self._previous).abs().mean().item(),
+        )
+        kept_old = freshness.stale_error < freshness.moved / 4 and freshness.error > freshness.moved / 2
+        if freshness.error > self._tolerance or kept_old:
+            raise RuntimeError(
+                f"stale rollout weights: after the push of policy version {self._engine.policy_version} the {self._engine.name} engine's log-probabilities "
+                f"are {freshness.error:.2g} nats per token from the trainer's and {freshness.stale_error:.2g} from those before the push "
+                f"(tolerance {self._tolerance:g}); look at the engine's version and weight loading, or raise guards.freshness_tolerance "
+                "if the engine computes in a lower precision"
+            )
+        return freshness
+
+    @torch.no_grad()
+    def _trainer_logprobs(self) -> torch.Tensor:
+        device = next(self._policy.parameters()).device
+        per_probe = []
+        for probe in self._probes:
+            tokens = torch.tensor([[*probe.prompt_ids, *probe.completion_ids]], device=device)
+            logits = self._policy(input_ids=tokens[:, :-1]).logits[0, len(probe.prompt_ids) - 1 :]
+            per_probe.append(token_logprobs(logits, tokens[0, len(probe.prompt_ids) :], temperature=1.0).cpu())
+        return torch.cat(per_probe)

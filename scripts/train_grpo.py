@@ -1,0 +1,66 @@
+"""Group-relative policy optimisation. `accelerate launch scripts/train_grpo.py --config recipes/tiny/grpo.yaml`"""
+
+from data.chat import ChatRenderer, render_response
+from data.records import Demonstration, Problem, read_records
+from reward_models.composite import build_reward, require_reachable
+from rlhf.config import GRPO
+from rlhf.distributed import start
+from rlhf.models import check_model_path, load_causal_lm, load_tokenizer
+from rlhf.rollout.engine import build_engine, require_prompts_fit
+from rlhf.run import Run, run_stage
+from rlhf.trainers.online import OnlineTrainer
+from rlhf.types import Rollout
+from rlhf.weight_sync import Probe
+
+NUM_PROBES = 4
+
+
+def train_grpo(config: GRPO, run: Run) -> None:
+    problems = read_records(Problem, config.problems)
+    demonstrations = read_records(Demonstration, config.demonstrations)
+    check_model_path(config.policy.path, "policy.path")
+    for reward in config.rewards:
+        if reward.name == "reward_model":
+            check_model_path(reward.path, "rewards.reward_model.path")
+    tokenizer = load_tokenizer(config.policy.path, revision=config.policy.revision)
+    renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
+    prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
+    require_prompts_fit(prompts, config.rollout)
+
+    solutions = [_as_rollout(renderer, d) for d in demonstrations[:64] if d.scratchpad]
+    fitting = [s for s in solutions if len(s.token_ids) <= config.rollout.max_new_tokens]
+    if not fitting:
+        raise ValueError(f"no demonstration fits into rollout.max_new_tokens {config.rollout.max_new_tokens}; raise it")
+
+    accelerator = start(config.seed)
+    reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device))
+    require_reachable(reward_fn, fitting)
+    trainer = OnlineTrainer(
+        config,
+        accelerator,
+        policy=load_causal_lm(config.policy.path, revision=config.policy.revision, dtype=config.policy.dtype),
+        reference=config.reference and load_causal_lm(config.reference.path, revision=config.reference.revision, dtype=config.reference.dtype),
+        engine=build_engine(
+            config.rollout, config.policy.path, revision=config.policy.revision, stop_token_id=renderer.stop_token_id, decode=renderer.decode
+        ),
+        prompts=prompts,
+        reward_fn=reward_fn,
+        probes=[Probe(s.prompt.token_ids, s.token_ids) for s in fitting[:NUM_PROBES]],
+        pad_token_id=tokenizer.pad_token_id,
+        run=run,
+    )
+    trainer.train()
+    trainer.save(tokenizer)
+    run.finish(**trainer.summary())
+
+
+def _as_rollout(renderer: ChatRenderer, d: Demonstration) -> Rollout:
+    """A reference solution as if the policy had written it."""
+    text = renderer.completion(render_response(d.scratchpad, d.answer))
+    token_ids = tuple(renderer.response_ids(text))
+    prompt = renderer.prompt(d.id, d.question, d.answer)
+    return Rollout(prompt=prompt, token_ids=token_ids, logprobs=(0.0,) * len(token_ids), finish_reason="stop", text=text, policy_version=0)
+
+
+if __name__ == "__main__":
+    run_stage(GRPO, train_grpo)

@@ -1,0 +1,49 @@
+"""Fixtures: a tiny real model and tokenizer, built once a session."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from itertools import islice
+
+import pytest
+import torch
+
+from data.chat import ChatRenderer, render_response
+from data.stories import generate_stories, to_demonstration
+from data.tokenizer import train_tokenizer
+from rlhf.config import Architecture
+from rlhf.models import build_qwen3
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def demonstrations():
+    return [to_demonstration(story, answers_at_once=False) for story in islice(generate_stories("train", seed=0, min_level=2, max_level=3), 200)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demonstrations):
+    return train_tokenizer([f"{d.question} {render_response(d.scratchpad, d.answer)}" for d in demonstrations], vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def renderer(tokenizer):
+    return ChatRenderer(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_architecture():
+    return Architecture(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, max_positions=256)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer, tiny_architecture):
+    """A saved, randomly initialised policy with its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    build_qwen3(tiny_architecture, tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
