@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,16 @@ class ChatRenderer:
         """The token that ends an assistant turn."""
         eos = self.tokenizer.eos_token_id
         if not isinstance(eos, int):
-            raise ValueError(f"tokenizer {self.tokenizer.name_or_path} has no single eos token; set eos_token in its tokenizer_config.json")
+            raise ValueError(
+                f"tokenizer {self.tokenizer.name_or_path} has no single eos token; set eos_token in its tokenizer_config.json"
+            )
         return eos
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return pad
 
     def messages(self, question: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
@@ -63,7 +72,7 @@ class ChatRenderer:
     def prompt(self, id: str, question: str, reference: str) -> Prompt:
         return Prompt(id=id, token_ids=tuple(self.prompt_ids(question)), question=question, reference=reference)
 
-    def decode(self, token_ids: list[int] | tuple[int, ...]) -> str:
+    def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion without its stop token; every other token stays visible."""
         ids = list(token_ids)
         if ids and ids[-1] == self.stop_token_id:
@@ -90,10 +99,16 @@ class ChatRenderer:
         """
         ids = self.response_ids(response)
         if self.decode(ids) != response:
-            raise ValueError(f"the tokenizer does not give back what it was given: {response!r:.120} became {self.decode(ids)!r:.120}; use another tokenizer")
+            raise ValueError(
+                f"the tokenizer does not give back what it was given: {response!r:.120} became {self.decode(ids)!r:.120}; use another tokenizer"
+            )
         prompt = self.prompt_ids(question)
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt[:2] == [bos, bos]:
-            raise ValueError(f"prompts start with {self.tokenizer.bos_token!r} twice; the chat template and the tokenizer both add it: remove it from one of them")
+            raise ValueError(
+                f"prompts start with {self.tokenizer.bos_token!r} twice; the chat template and the tokenizer both add it: remove it from one of them"
+            )
         if question not in self.prompt_text(question):
-            raise ValueError(f"the chat template does not show the question {question!r:.80}; check chat_template.jinja beside the tokenizer")
+            raise ValueError(
+                f"the chat template does not show the question {question!r:.80}; check chat_template.jinja beside the tokenizer"
+            )

@@ -21,7 +21,11 @@ def read_gsm8k(split: str, *, path: str | None, revision: str) -> Iterator[tuple
         ValueError: naming file and line of a row that is not as the source has it.
     """
     for origin, row in _rows(split, path=path, revision=revision):
-        if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("question"), str)
+            or not isinstance(row.get("answer"), str)
+        ):
             raise ValueError(f"{origin}: expected an object with the texts 'question' and 'answer'")
         scratchpad, marker, answer = row["answer"].rpartition("####")
         if not marker or not answer.strip():
@@ -38,7 +42,9 @@ def _rows(split: str, *, path: str | None, revision: str) -> Iterator[tuple[str,
         return
     file = Path(path) / f"{split}.jsonl"
     if not file.is_file():
-        raise ValueError(f"source.path is {path}, which has no {split}.jsonl; point it at a folder with GSM8K's train.jsonl and test.jsonl, or remove it to download")
+        raise ValueError(
+            f"source.path is {path}, which has no {split}.jsonl; point it at a folder with GSM8K's train.jsonl and test.jsonl, or remove it to download"
+        )
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -59,7 +65,15 @@ def spoil(rng: random.Random, scratchpad: str, answer: str) -> tuple[int, str, s
 
 
 def prepare(
-    *, seed: int, path: str | None, revision: str, demonstrations: int, train_problems: int, test_problems: int, train_pairs: int, heldout_pairs: int
+    *,
+    seed: int,
+    path: str | None,
+    revision: str,
+    demonstrations: int,
+    train_problems: int,
+    test_problems: int,
+    train_pairs: int,
+    heldout_pairs: int,
 ) -> Prepared:
     """All records, in the order of the source; fewer where it has fewer. Problems are those of the demonstrations."""
     rng = random.Random(f"prepare-{seed}")
@@ -77,7 +91,9 @@ def prepare(
         return LabelledSteps(id=key, question=question, steps=steps, labels=[i < step for i in range(len(steps))])
 
     return Prepared(
-        demonstrations=[Demonstration(id=k, question=q, scratchpad=s, answer=a) for k, q, s, a in train[:demonstrations]],
+        demonstrations=[
+            Demonstration(id=k, question=q, scratchpad=s, answer=a) for k, q, s, a in train[:demonstrations]
+        ],
         train_problems=[Problem(id=k, question=q, answer=a) for k, q, _, a in train[:train_problems]],
         test_problems=[Problem(id=k, question=q, answer=a) for k, q, _, a in test[:test_problems]],
         train_pairs=[pair(*row) for row in train[:train_pairs]],

@@ -95,7 +95,7 @@ def parse_record(kind: type[Record], row: Any) -> Record:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if hint in (list[str], list[bool]):
-        item = hint.__args__[0]
+        item = str if hint == list[str] else bool
         # A label of -100 or 1.0 would silently count as True once cast, so nothing but a real bool passes.
         if not isinstance(value, list) or any(type(x) is not item for x in value):
             raise ValueError(f"field {name!r} must be a list of {item.__name__}, got {value!r:.80}")
@@ -113,7 +113,9 @@ def read_records(kind: type[Record], path: str | Path) -> list[Record]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist; run the prepare_data stage first or correct the path in the recipe")
+        raise ValueError(
+            f"data file {path} does not exist; run the prepare_data stage first or correct the path in the recipe"
+        )
     records: list[Record] = []
     seen: dict[str, int] = {}
     with path.open(encoding="utf-8") as lines:
@@ -125,7 +127,9 @@ def read_records(kind: type[Record], path: str | Path) -> list[Record]:
             except ValueError as error:  # JSONDecodeError is one
                 raise ValueError(f"{path}:{number}: {error}") from None
             if record.id in seen:
-                raise ValueError(f"{path}:{number}: id {record.id!r} was already used on line {seen[record.id]}; ids must be unique")
+                raise ValueError(
+                    f"{path}:{number}: id {record.id!r} was already used on line {seen[record.id]}; ids must be unique"
+                )
             seen[record.id] = number
             records.append(record)
     if not records:

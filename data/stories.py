@@ -35,8 +35,9 @@ Operator = Literal["+", "-", "*", "/"]
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 SHE, HE = ("Ana", "Eve", "Fay", "Ida", "Mia", "Zoe"), ("Ben", "Cal", "Dan", "Gus", "Leo", "Tom")
 ITEMS = ("coins", "books", "pens", "eggs", "cards", "shells")
-GAINS, LOSSES = ("finds", "buys", "wins"), ("loses", "sells", "gives away")
-MULTIPLES = {("*", 2): "doubles them", ("*", 3): "triples them", ("/", 2): "gives away half of them"}
+GAINS = ("finds", "buys", "wins", "gets", "earns", "takes")
+LOSSES = ("loses", "sells", "drops", "gives", "lends", "uses")
+MULTIPLES = {("*", 2): "doubles", ("*", 3): "triples", ("/", 2): "halves"}
 LARGEST = 20
 
 
@@ -94,16 +95,22 @@ class Story:
 
 def write_steps(events: tuple[Event, ...], values: list[int]) -> list[str]:
     """One line an event; `values` is what the scratchpad claims, right or wrong."""
-    return [f"{event.telling}: {values[i]} {event.operator} {event.operand} = {values[i + 1]}" for i, event in enumerate(events)]
+    return [
+        f"{event.telling}: {values[i]} {event.operator} {event.operand} = {values[i + 1]}"
+        for i, event in enumerate(events)
+    ]
 
 
-def draw_event(rng: random.Random, value: int, *, day: str, pronoun: str) -> Event:
+def draw_event(rng: random.Random, value: int, *, day: str, pronoun: str, used: set[str]) -> Event:
+    """A random event that is possible at `value`, told with a verb that is not `used` yet; its verb joins them."""
     while True:
         operator: Operator = rng.choice(("+", "+", "-", "-", "*", "/"))
         operand = {"*": rng.choice((2, 3)), "/": 2}.get(operator, rng.randint(2, 9))
-        happening = MULTIPLES.get((operator, operand)) or f"{rng.choice(GAINS if operator == '+' else LOSSES)} {operand}"
-        event = Event(operator, operand, f"On {day} {pronoun} {happening}")
-        if event.is_possible(value):
+        multiple = MULTIPLES.get((operator, operand)) if operator in "*/" else None
+        verb = multiple or rng.choice(GAINS if operator == "+" else LOSSES)
+        event = Event(operator, operand, f"On {day} {pronoun} {verb} {'them' if multiple else operand}")
+        if verb not in used and event.is_possible(value):
+            used.add(verb)
             return event
 
 
@@ -113,10 +120,15 @@ def draw_story(rng: random.Random, *, min_level: int, max_level: int) -> Story:
     item = rng.choice(ITEMS)
     start = value = rng.randint(2, 12)
     events: list[Event] = []
+    used: set[str] = set()
     for day in DAYS[1 : 1 + rng.randint(min_level, max_level)]:
-        events.append(draw_event(rng, value, day=day, pronoun=pronoun))
+        events.append(draw_event(rng, value, day=day, pronoun=pronoun, used=used))
         value = events[-1].apply(value)
-    told = [f"On {DAYS[0]} {rng.choice(people)} has {start} {item}", *(event.telling for event in events), f"How many {item} does {pronoun} have?"]
+    told = [
+        f"On {DAYS[0]} {rng.choice(people)} has {start} {item}",
+        *(event.telling for event in events),
+        f"How many {item} does {pronoun} have?",
+    ]
     return Story(". ".join(told), start, tuple(events))
 
 
@@ -136,7 +148,9 @@ def generate_stories(split: Split, *, seed: int, min_level: int, max_level: int)
         if key in seen or split_of(key) != split:
             misses += 1
             if misses > 20_000:
-                raise ValueError(f"levels {min_level}-{max_level} have no more than {len(seen)} {split} problems; raise max_level or ask for fewer")
+                raise ValueError(
+                    f"levels {min_level}-{max_level} have no more than {len(seen)} {split} problems; raise max_level or ask for fewer"
+                )
             continue
         misses = 0
         seen.add(key)
@@ -149,48 +163,84 @@ def to_problem(story: Story) -> Problem:
 
 def to_demonstration(story: Story, *, answers_at_once: bool) -> Demonstration:
     scratchpad = "" if answers_at_once else "\n".join(write_steps(story.events, story.values))
-    return Demonstration(id=f"story-{story.key()[:16]}", question=story.question, scratchpad=scratchpad, answer=story.answer)
+    return Demonstration(
+        id=f"story-{story.key()[:16]}", question=story.question, scratchpad=scratchpad, answer=story.answer
+    )
 
 
-def spoil(rng: random.Random, story: Story) -> tuple[int, list[int]]:
-    """A slip in the result of one step, carried on to the end: (index of the wrong step, values the scratchpad claims)."""
+Slip = Literal["result", "operand", "operator", "omission"]
+
+
+def spoil(rng: random.Random, story: Story) -> tuple[int, list[str], str]:
+    """A worked solution with one error, carried on to the end: (index of the first wrong step, steps, wrong answer).
+
+    The error is a wrong result, an operand misread from the story, the opposite operation, or a step left out.
+    """
     while True:
-        step = rng.randrange(story.level)
-        values = story.values
-        values[step + 1] += rng.choice((-3, -2, -1, 1, 2, 3))
-        for i in range(step + 1, story.level):
-            values[i + 1] = story.events[i].apply(values[i])
-        if all(1 <= value <= LARGEST for value in values) and values[-1] != story.values[-1]:
-            return step, values
+        slip: Slip = rng.choice(("result", "operand", "operator", "omission"))
+        step = rng.randrange(story.level - (slip == "omission"))  # an omitted last step would leave nothing to see
+        events, offset = list(story.events), 0
+        event = events[step]
+        match slip:
+            case "result":
+                offset = rng.choice((-3, -2, -1, 1, 2, 3))
+            case "operand" if event.operator in "+-":
+                other = rng.choice([n for n in range(2, 10) if n != event.operand])
+                events[step] = Event(event.operator, other, event.telling.replace(str(event.operand), str(other)))
+            case "operator" if event.operator in "+-":
+                events[step] = Event("-" if event.operator == "+" else "+", event.operand, event.telling)
+            case "omission":
+                del events[step]
+            case _:
+                continue
+        values = [story.start]
+        possible = True
+        for i, event in enumerate(events):
+            possible = possible and event.is_possible(values[-1])
+            values.append(event.apply(values[-1]) + (offset if i == step else 0))
+        if possible and all(1 <= value <= LARGEST for value in values) and values[-1] != story.values[-1]:
+            return step, write_steps(tuple(events), values), str(values[-1])
 
 
 def to_preference_pair(story: Story, rng: random.Random) -> PreferencePair:
-    step, values = spoil(rng, story)
+    step, steps, answer = spoil(rng, story)
     return PreferencePair(
         id=f"story-{story.key()[:16]}",
         question=story.question,
         chosen=render_response("\n".join(write_steps(story.events, story.values)), story.answer),
-        rejected=render_response("\n".join(write_steps(story.events, values)), str(values[-1])),
+        rejected=render_response("\n".join(steps), answer),
         error_step=step,
     )
 
 
 def to_labelled_steps(story: Story, rng: random.Random) -> LabelledSteps:
-    """A spoiled scratchpad: every step before the slip is right, the slip and all that builds on it is not."""
-    step, values = spoil(rng, story)
-    steps = write_steps(story.events, values)
-    return LabelledSteps(id=f"story-{story.key()[:16]}", question=story.question, steps=steps, labels=[i < step for i in range(len(steps))])
+    """A spoiled scratchpad: every step before the error is right, the error and all that builds on it is not."""
+    step, steps, _ = spoil(rng, story)
+    labels = [i < step for i in range(len(steps))]
+    return LabelledSteps(id=f"story-{story.key()[:16]}", question=story.question, steps=steps, labels=labels)
 
 
 def prepare(
-    *, seed: int, min_level: int, max_level: int, answers_at_once: float, demonstrations: int, train_problems: int, test_problems: int, train_pairs: int, heldout_pairs: int
+    *,
+    seed: int,
+    min_level: int,
+    max_level: int,
+    answers_at_once: float,
+    demonstrations: int,
+    train_problems: int,
+    test_problems: int,
+    train_pairs: int,
+    heldout_pairs: int,
 ) -> Prepared:
     """All records of the task; demonstrations, training problems and training pairs are different problems."""
     rng = random.Random(f"prepare-{seed}")
     train = generate_stories("train", seed=seed, min_level=min_level, max_level=max_level)
     test = generate_stories("test", seed=seed, min_level=min_level, max_level=max_level)
     return Prepared(
-        demonstrations=[to_demonstration(story, answers_at_once=rng.random() < answers_at_once) for story in islice(train, demonstrations)],
+        demonstrations=[
+            to_demonstration(story, answers_at_once=rng.random() < answers_at_once)
+            for story in islice(train, demonstrations)
+        ],
         train_problems=[to_problem(story) for story in islice(train, train_problems)],
         test_problems=[to_problem(story) for story in islice(test, test_problems)],
         train_pairs=[to_preference_pair(story, rng) for story in islice(train, train_pairs)],

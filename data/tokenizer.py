@@ -20,7 +20,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?\d"), "isolated"),  # one digit a token, so that numbers are written place by place
+            pre_tokenizers.Split(
+                Regex(r" ?\d"), "isolated"
+            ),  # one digit a token, so that numbers are written place by place
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

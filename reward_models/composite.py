@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from reward_models.grading import grade
 from reward_models.outcome import OutcomeModel
 from reward_models.verifiable import Component, find_rule
-from rlhf.config import GRPO
+from rlhf.config import GRPO, RewardModelReward
 from rlhf.types import Rollout, Score
 
 
@@ -30,31 +30,50 @@ class CompositeReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
         learned = {name: score(rollouts) for name, (score, _) in self.models.items()}
-        return [self._score(rollout, {name: values[i] for name, values in learned.items()}) for i, rollout in enumerate(rollouts)]
+        return [
+            self._score(rollout, {name: values[i] for name, values in learned.items()})
+            for i, rollout in enumerate(rollouts)
+        ]
 
     def _score(self, rollout: Rollout, learned: dict[str, float]) -> Score:
         text = self.prefill + rollout.text
         judged = grade(text, rollout.prompt.reference)
-        verdict = "wrong" if self.truncated_is_wrong and rollout.finish_reason == "length" and judged.verdict == "correct" else judged.verdict
+        verdict = (
+            "wrong"
+            if self.truncated_is_wrong and rollout.finish_reason == "length" and judged.verdict == "correct"
+            else judged.verdict
+        )
         if verdict == "undecided":
             return Score(verdict="undecided", value=None, reason=f"{judged.reason} of {rollout.prompt.id}")
-        values = {name: float(verdict == "correct") if name == "correctness" else rule(rollout, text) for name, (rule, _) in self.rules.items()}
+        values = {
+            name: float(verdict == "correct") if name == "correctness" else rule(rollout, text)
+            for name, (rule, _) in self.rules.items()
+        }
         missing = [name for name, value in values.items() if value is None]
         if missing:
-            return Score(verdict="undecided", value=None, reason=f"{', '.join(missing)} gave no value for {rollout.prompt.id}")
+            return Score(
+                verdict="undecided", value=None, reason=f"{', '.join(missing)} gave no value for {rollout.prompt.id}"
+            )
         components = {name: value for name, value in values.items() if value is not None} | learned
         weights = {name: weight for name, (_, weight) in (self.rules | self.models).items()}
-        return Score(verdict=verdict, value=sum(weights[name] * value for name, value in components.items()), components=components, reason=judged.reason)
+        return Score(
+            verdict=verdict,
+            value=sum(weights[name] * value for name, value in components.items()),
+            components=components,
+            reason=judged.reason,
+        )
 
 
 def build_reward(config: GRPO, *, prefill: str, device: str) -> CompositeReward:
     """The reward function of a recipe, its models loaded."""
-    rules = {r.name: (find_rule(r.name), r.weight) for r in config.rewards if r.name != "reward_model"}
+    rules: dict[str, tuple[Component, float]] = {}
     models: dict[str, tuple[Callable[[Sequence[Rollout]], list[float]], float]] = {}
-    for r in config.rewards:
-        if r.name == "reward_model":
-            model = OutcomeModel.load(r.path, device=device)  # type: ignore[union-attr]
-            models[r.name] = (model.scorer(clip=r.clip, batch_size=r.batch_size), r.weight)  # type: ignore[union-attr]
+    for reward in config.rewards:
+        if isinstance(reward, RewardModelReward):
+            model = OutcomeModel.load(reward.path, device=device)
+            models[reward.name] = (model.scorer(clip=reward.clip, batch_size=reward.batch_size), reward.weight)
+        else:
+            rules[reward.name] = (find_rule(reward.name), reward.weight)
     return CompositeReward(rules, models, prefill, config.algorithm.truncated == "wrong")
 
 
@@ -67,9 +86,15 @@ def require_reachable(reward: CompositeReward, references: Sequence[Rollout]) ->
         ValueError: naming the rule and the completion.
     """
     for rollout, score in zip(references, reward(references), strict=True):
-        short = {name: score.components.get(name) for name in reward.rules if name in ("correctness", "format") and score.components.get(name) != 1.0}
+        short = {
+            name: score.components.get(name)
+            for name in reward.rules
+            if name in ("correctness", "format") and score.components.get(name) != 1.0
+        }
         if short:
-            parts = ", ".join(f"{name} {'undecided' if value is None else f'{value:g} instead of 1'}" for name, value in short.items())
+            parts = ", ".join(
+                f"{name} {'undecided' if value is None else f'{value:g} instead of 1'}" for name, value in short.items()
+            )
             raise ValueError(
                 f"the reward cannot reach its maximum: the reference solution of {rollout.prompt.id!r} gets {parts}. It reads "
                 f"{(reward.prefill + rollout.text)!r:.200}; check that the chat template and the format reward agree about <think>, "

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
 
 from rlhf.config import RewardModel
 from rlhf.run import write_json
-from rlhf.trainers.arguments import last_checkpoint, trainer_arguments
+from rlhf.trainers.arguments import LogLines, last_checkpoint, trainer_arguments
 from rlhf.types import Rollout
 
 STATISTICS = "reward_statistics.json"
@@ -52,9 +51,15 @@ class OutcomeModel:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-        bad = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        bad = (
+            sorted(info["missing_keys"])
+            + sorted(info["unexpected_keys"])
+            + sorted(str(key) for key in info["mismatched_keys"])
+        )
         if bad:
-            raise ValueError(f"{path} does not hold a whole reward model: {', '.join(bad[:5])} missing or unexpected; a head initialised at random would reward noise")
+            raise ValueError(
+                f"{path} does not hold a whole reward model: {', '.join(bad[:5])} missing or unexpected; a head initialised at random would reward noise"
+            )
         stored = json.loads(statistics.read_text(encoding="utf-8"))
         return cls(model.to(device).eval(), model.config.pad_token_id, stored["mean"], stored["std"])
 
@@ -71,7 +76,11 @@ class OutcomeModel:
             for b, i in enumerate(rows):
                 input_ids[b, : len(sequences[i])] = torch.tensor(list(sequences[i]))
                 attention_mask[b, : len(sequences[i])] = 1
-            logits = self._model(input_ids=input_ids.to(self._model.device), attention_mask=attention_mask.to(self._model.device), use_cache=False).logits
+            logits = self._model(
+                input_ids=input_ids.to(self._model.device),
+                attention_mask=attention_mask.to(self._model.device),
+                use_cache=False,
+            ).logits
             scores[rows] = logits[:, 0].float().cpu()
         return scores
 
@@ -87,28 +96,45 @@ class OutcomeModel:
 
 def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: list[TokenPair]) -> dict[str, float]:
     """Train with TRL's RewardTrainer and save model, tokenizer and statistics in `output_dir`; returns held-out figures."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, revision=config.model.revision, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.model.path, revision=config.model.revision, trust_remote_code=False
+    )
     model = AutoModelForSequenceClassification.from_pretrained(
-        config.model.path, revision=config.model.revision, num_labels=1, dtype=getattr(torch, config.model.dtype), use_safetensors=True, trust_remote_code=False
+        config.model.path,
+        revision=config.model.revision,
+        num_labels=1,
+        dtype=getattr(torch, config.model.dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(**trainer_arguments(config), max_length=None, center_rewards_coefficient=config.centering),
-        train_dataset=Dataset.from_list([{"chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in train_pairs]),
+        train_dataset=Dataset.from_list(
+            [{"chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in train_pairs]
+        ),
         processing_class=tokenizer,
+        callbacks=[LogLines(Path(config.output_dir) / "metrics.jsonl")],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
-    trainer.save_model(config.output_dir)
-    judge = OutcomeModel(trainer.accelerator.unwrap_model(trainer.model).eval(), tokenizer.pad_token_id, 0.0, 1.0)
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    judge = OutcomeModel(trained.eval(), tokenizer.pad_token_id, 0.0, 1.0)
     chosen = judge.raw_scores([p.chosen_ids for p in heldout_pairs], batch_size=64)
     rejected = judge.raw_scores([p.rejected_ids for p in heldout_pairs], batch_size=64)
     both = torch.cat([chosen, rejected])
-    statistics = {"accuracy": pairwise_accuracy(chosen, rejected), "mean": both.mean().item(), "std": both.std().item(), "num_pairs": len(heldout_pairs)}
+    statistics = {
+        "accuracy": pairwise_accuracy(chosen, rejected),
+        "mean": both.mean().item(),
+        "std": both.std().item(),
+        "num_pairs": len(heldout_pairs),
+    }
     if trainer.accelerator.is_main_process:
+        trained.save_pretrained(config.output_dir)
+        tokenizer.save_pretrained(config.output_dir)
         write_json(Path(config.output_dir) / STATISTICS, statistics)
     return statistics

@@ -48,4 +48,6 @@ def find_rule(name: str) -> Component:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} cannot be imported ({error}); check the spelling and that the module is on PYTHONPATH") from None
+        raise ValueError(
+            f"reward {name!r} cannot be imported ({error}); check the spelling and that the module is on PYTHONPATH"
+        ) from None

@@ -20,7 +20,9 @@ def group_relative(rewards: Tensor, *, scale_by_std: bool) -> Tensor:
         ValueError: when a group has a single sample, which has nothing to be compared with.
     """
     if rewards.shape[1] < 2:
-        raise ValueError(f"group_relative compares samples of one prompt and got G={rewards.shape[1]}; set rollout.samples_per_prompt to 2 or more")
+        raise ValueError(
+            f"group_relative compares samples of one prompt and got G={rewards.shape[1]}; set rollout.samples_per_prompt to 2 or more"
+        )
     centered = rewards - rewards.mean(1, keepdim=True)
     # Rounding in the mean must not turn equal rewards into a signal of size noise / 1e-4.
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)

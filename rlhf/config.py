@@ -161,6 +161,8 @@ class Architecture(Section):
     head_dim: PositiveInt
     max_positions: PositiveInt
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights; narrow models learn several times faster with more than the usual 0.02."""
 
     @model_validator(mode="after")
     def _heads_share_evenly(self) -> Architecture:
@@ -318,7 +320,9 @@ class GRPO(Section):
                 "name the weights under reference.path or set algorithm.kl_coefficient to 0"
             )
         if self.algorithm.kl_coefficient == 0 and self.reference is not None:
-            raise ValueError("reference is set but algorithm.kl_coefficient is 0, so nothing would read it; remove reference or raise the coefficient")
+            raise ValueError(
+                "reference is set but algorithm.kl_coefficient is 0, so nothing would read it; remove reference or raise the coefficient"
+            )
         if self.rollout.samples_per_prompt < 2:
             raise ValueError(
                 f"group_relative compares samples of one prompt and rollout.samples_per_prompt is {self.rollout.samples_per_prompt}; set it to 2 or more"
@@ -337,7 +341,9 @@ class GRPO(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"rewards name the same component twice: {', '.join(names)}; merge them into one weight")
         if "correctness" not in names:
-            raise ValueError(f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported")
+            raise ValueError(
+                f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported"
+            )
         return self
 
 
@@ -485,7 +491,9 @@ def known_keys(root: type[BaseModel], location: list[str]) -> list[str]:
     models = [root]
     for part in location:
         inner = [model.model_fields[part].annotation for model in models if part in model.model_fields]
-        models = [m for annotation in inner for m in sections_in(annotation)] or models  # an index or a union tag stays where it is
+        models = [
+            m for annotation in inner for m in sections_in(annotation)
+        ] or models  # an index or a union tag stays where it is
         tagged = [m for m in models if part in {m.__name__, *_tags(m)}]
         models = tagged or models
     return [*dict.fromkeys(name for model in models for name in model.model_fields)]
@@ -531,7 +539,10 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
         accumulation = training.accumulation(num_ranks)
         return [
             ("ranks", f"{num_ranks}"),
-            (f"{what} per optimizer step", f"{training.sequences_per_step:,} = {training.micro_batch_size} per micro-batch x {num_ranks} ranks x {accumulation} accumulated"),
+            (
+                f"{what} per optimizer step",
+                f"{training.sequences_per_step:,} = {training.micro_batch_size} per micro-batch x {num_ranks} ranks x {accumulation} accumulated",
+            ),
             ("longest sequence", f"{config.max_tokens:,} tokens"),
             ("optimizer steps", f"{training.num_steps:,}"),
             (f"{what} seen", f"{training.num_steps * training.sequences_per_step:,}"),
@@ -546,15 +557,28 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
         )
     completions = rollout.prompts_per_batch * rollout.samples_per_prompt
     steps_per_batch = training.minibatches_per_batch * training.passes_per_batch
-    policy = "on policy" if steps_per_batch == 1 else f"off policy by up to {steps_per_batch - 1} steps, corrected by the clipped ratio"
+    policy = (
+        "on policy"
+        if steps_per_batch == 1
+        else f"off policy by up to {steps_per_batch - 1} steps, corrected by the clipped ratio"
+    )
     return [
         ("ranks", f"{num_ranks}"),
-        ("completions per rollout batch", f"{completions:,} = {rollout.prompts_per_batch} prompts x {rollout.samples_per_prompt} samples"),
+        (
+            "completions per rollout batch",
+            f"{completions:,} = {rollout.prompts_per_batch} prompts x {rollout.samples_per_prompt} samples",
+        ),
         ("tokens sampled per rollout batch", f"at most {completions * rollout.max_new_tokens:,}"),
-        ("completions per optimizer step", f"{completions // training.minibatches_per_batch:,} ({completions // training.minibatches_per_batch // num_ranks:,} per rank)"),
+        (
+            "completions per optimizer step",
+            f"{completions // training.minibatches_per_batch:,} ({completions // training.minibatches_per_batch // num_ranks:,} per rank)",
+        ),
         ("micro-batch", f"at most {training.tokens_per_micro_batch:,} padded tokens per rank"),
         ("rollout batches", f"{training.num_batches:,}"),
-        ("optimizer steps", f"{training.num_batches * steps_per_batch:,} = {training.num_batches} batches x {training.minibatches_per_batch} mini-batches x {training.passes_per_batch} passes"),
+        (
+            "optimizer steps",
+            f"{training.num_batches * steps_per_batch:,} = {training.num_batches} batches x {training.minibatches_per_batch} mini-batches x {training.passes_per_batch} passes",
+        ),
         ("data is", policy),
     ]
 

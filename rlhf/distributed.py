@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,12 +18,13 @@ def start(seed: int) -> Accelerator:
     Raises:
         ValueError: for a set-up the loop does not support yet.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     accelerator = Accelerator()
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         if plugin.zero_stage == 3:
-            raise ValueError("zero_stage is 3 in the accelerate configuration; the online loop supports stages 0, 1 and 2 so far")
+            raise ValueError(
+                "zero_stage is 3 in the accelerate configuration; the online loop supports stages 0, 1 and 2 so far"
+            )
         # The loop accumulates by itself, with one denominator an optimizer step.
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
@@ -76,7 +76,9 @@ def clip_and_step(accelerator: Accelerator, model: Any, optimizer: Any, schedule
     else:
         norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))  # type: ignore[arg-type]
     if not torch.isfinite(torch.tensor(norm)):
-        raise FloatingPointError(f"gradient norm is {norm}; the step is not taken and nothing is saved: lower optimizer.learning_rate or look at the rewards")
+        raise FloatingPointError(
+            f"gradient norm is {norm}; the step is not taken and nothing is saved: lower optimizer.learning_rate or look at the rewards"
+        )
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()

@@ -34,7 +34,9 @@ def bootstrap(per_problem: Sequence[float], *, seed: int = 0) -> Estimate:
     if values.size == 0:
         raise ValueError("no judged problems to average over; every completion was undecided")
     generator = np.random.default_rng(seed)
-    means = np.concatenate([values[generator.integers(0, values.size, (100, values.size))].mean(1) for _ in range(RESAMPLES // 100)])
+    means = np.concatenate(
+        [values[generator.integers(0, values.size, (100, values.size))].mean(1) for _ in range(RESAMPLES // 100)]
+    )
     low, high = np.percentile(means, (2.5, 97.5))
     return Estimate(float(values.mean()), float(low), float(high), int(values.size))
 
@@ -105,9 +107,16 @@ def summarise(problems: Sequence[GradedProblem], *, pass_at: Sequence[int], seed
     k = len(problems[0].verdicts)
     return {
         "pass_at_1": asdict(bootstrap([p.accuracy for p in judged], seed=seed)),
-        "pass_at_k": {f"{j}": asdict(bootstrap([pass_at_k(len(p.correct), sum(p.correct), j) for p in judged], seed=seed)) for j in pass_at if j > 1},
+        "pass_at_k": {
+            f"{j}": asdict(bootstrap([pass_at_k(len(p.correct), sum(p.correct), j) for p in judged], seed=seed))
+            for j in pass_at
+            if j > 1
+        },
         "majority": {"k": k, **asdict(bootstrap([majority_correct(p.answers, p.correct) for p in judged], seed=seed))},
-        "by_level": {f"{level}": asdict(bootstrap([p.accuracy for p in judged if p.level == level], seed=seed)) for level in sorted({p.level for p in judged})},
+        "by_level": {
+            f"{level}": asdict(bootstrap([p.accuracy for p in judged if p.level == level], seed=seed))
+            for level in sorted({p.level for p in judged})
+        },
         "mean_length": sum(length for length, _ in samples) / len(samples),
         "truncated_share": sum(cut for _, cut in samples) / len(samples),
         "undecided_problems": len(problems) - len(judged),

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
     """Clipped surrogate of PPO (https://arxiv.org/abs/1707.06347, eq. 7), also used by GRPO.
 
         L = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)    r = exp(logp - logp_old)
@@ -26,7 +28,9 @@ def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
     return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
 
 
-def is_clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+def is_clipped(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
     """[B, T] True where the clip took the gradient away: the ratio has left the trust region in the direction of its advantage."""
     ratio = torch.exp(logprobs - old_logprobs)
     return ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf.config import Architecture, Dtype
+
+disable_progress_bar()  # a bar for loading 50 tensors is noise among a stage's own lines
 
 
 def check_model_path(path: str, key: str) -> None:
@@ -21,14 +32,23 @@ def check_model_path(path: str, key: str) -> None:
         if not (local / "config.json").is_file():
             raise ValueError(f"{key} is {path}, which has no config.json; point it at a saved model")
         if not list(local.glob("*.safetensors")):
-            raise ValueError(f"{key} is {path}, which has no .safetensors weights; other formats are not loaded because unpickling can run code")
+            raise ValueError(
+                f"{key} is {path}, which has no .safetensors weights; other formats are not loaded because unpickling can run code"
+            )
     elif path.startswith(("/", ".", "outputs/")) or path.count("/") != 1:
-        raise ValueError(f"{key} is {path}, which does not exist; run the stage that writes it first or correct the path")
+        raise ValueError(
+            f"{key} is {path}, which does not exist; run the stage that writes it first or correct the path"
+        )
 
 
 def load_causal_lm(path: str, *, revision: str | None, dtype: Dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
-        path, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        path,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation="sdpa",
     )
 
 
@@ -40,18 +60,17 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     """
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {path} has no chat template; use an instruct model or add chat_template.jinja beside it")
+        raise ValueError(
+            f"the tokenizer of {path} has no chat template; use an instruct model or add chat_template.jinja beside it"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ValueError(f"the tokenizer of {path} pads with {tokenizer.pad_token!r}, and ends a turn with {tokenizer.eos_token!r}; give it a pad token of its own")
+        raise ValueError(
+            f"the tokenizer of {path} pads with {tokenizer.pad_token!r}, and ends a turn with {tokenizer.eos_token!r}; give it a pad token of its own"
+        )
     return tokenizer
 
 
-def max_positions(path: str, *, revision: str | None = None) -> int:
-    """Longest sequence the model's position embedding was made for; reads the config only."""
-    return int(AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False).max_position_embeddings)
-
-
-def build_qwen3(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Qwen3ForCausalLM:
+def build_qwen3(architecture: Architecture, tokenizer: Any, *, seed: int) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 with tied embeddings, sized for the tokenizer."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
@@ -65,6 +84,7 @@ def build_qwen3(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, 
             head_dim=architecture.head_dim,
             max_position_embeddings=architecture.max_positions,
             rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+            initializer_range=architecture.initializer_range,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,

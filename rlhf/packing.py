@@ -22,14 +22,18 @@ def token_budget_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
     chunks: list[list[int]] = []
     for i in order:
         if lengths[i] > budget:
-            raise ValueError(f"a sequence of {lengths[i]} tokens exceeds training.tokens_per_micro_batch {budget}; raise it")
+            raise ValueError(
+                f"a sequence of {lengths[i]} tokens exceeds training.tokens_per_micro_batch {budget}; raise it"
+            )
         if not chunks or lengths[chunks[-1][0]] * (len(chunks[-1]) + 1) > budget:
             chunks.append([])
         chunks[-1].append(i)
     return chunks
 
 
-def pack(rollouts: Sequence[Rollout], rows: Sequence[int], advantages: Tensor, trained: Tensor, *, pad_token_id: int) -> Batch:
+def pack(
+    rollouts: Sequence[Rollout], rows: Sequence[int], advantages: Tensor, trained: Tensor, *, pad_token_id: int
+) -> Batch:
     """The micro-batch of `rollouts[i] for i in rows`, padded on the right.
 
     Args:

@@ -49,11 +49,23 @@ def run_pipeline(config: Pipeline, run: Run) -> None:
             say(f"{title}: finished before, skipped ({done['seconds']:.0f} s then)")
             continue
         if done is not None:
-            raise ValueError(f"{stage.output_dir} is finished but an earlier stage was run again, so it stands on old inputs; delete it")
+            raise ValueError(
+                f"{stage.output_dir} is finished but an earlier stage was run again, so it stands on old inputs; delete it"
+            )
         rerun = True
         say(f"{title}: {stage.script} {' '.join(arguments)}")
         started = time.time()
-        launch([sys.executable, "-m", "accelerate.commands.launch", "--config_file", config.accelerate_config, stage.script, *arguments])
+        launch(
+            [
+                sys.executable,
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                config.accelerate_config,
+                stage.script,
+                *arguments,
+            ]
+        )
         say(f"{title}: done in {time.time() - started:.0f} s\n")
         record = Path(stage.output_dir) / "wall_seconds"
         record.write_text(f"{time.time() - started:.1f}\n")
@@ -67,7 +79,11 @@ def launch(command: list[str]) -> None:
     Raises:
         SystemExit: when it fails; its own output says why.
     """
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))},
+        start_new_session=True,
+    )
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = child.wait()
@@ -78,7 +94,9 @@ def launch(command: list[str]) -> None:
     finally:
         signal.signal(signal.SIGTERM, previous)
     if code:
-        say(f"the stage failed (exit code {code}); repair what it says above, then run the same command: finished stages are skipped and this one continues")
+        say(
+            f"the stage failed (exit code {code}); repair what it says above, then run the same command: finished stages are skipped and this one continues"
+        )
         sys.exit(code if code > 0 else 1)
 
 
@@ -90,7 +108,9 @@ def summarise(folder: Path, stages: list[Config]) -> dict[str, Any]:
         done = results[stage.stage]
         if isinstance(stage, Evaluate):
             summary["pass_at_1"] = {label: model["pass_at_1"] for label, model in done["models"].items()}
-            summary["paired_difference"] = done["paired_difference"] and {k: done["paired_difference"][k] for k in ("mean", "low", "high")}
+            summary["paired_difference"] = done["paired_difference"] and {
+                k: done["paired_difference"][k] for k in ("mean", "low", "high")
+            }
         if isinstance(stage, RewardModel):
             summary["reward_model_accuracy"] = done["accuracy"]
         if isinstance(stage, GRPO):

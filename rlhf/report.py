@@ -22,7 +22,10 @@ def evaluation_table(results: dict[str, Any]) -> str:
     rows += [(f"pass@{k}", *(show_estimate(m["pass_at_k"][k]) for m in models.values())) for k in first["pass_at_k"]]
     rows.append((f"maj@{first['majority']['k']}", *(show_estimate(m["majority"]) for m in models.values())))
     if len(first["by_level"]) > 1:
-        rows += [(f"level {level}", *(show_estimate(m["by_level"][level]) for m in models.values())) for level in first["by_level"]]
+        rows += [
+            (f"level {level}", *(show_estimate(m["by_level"][level]) for m in models.values()))
+            for level in first["by_level"]
+        ]
     rows.append(("mean length", *(f"{m['mean_length']:.1f} tokens" for m in models.values())))
     rows.append(("truncated", *(f"{m['truncated_share']:.1%}" for m in models.values())))
     rows.append(("undecided", *(f"{m['undecided_problems']} problems" for m in models.values())))
@@ -30,7 +33,7 @@ def evaluation_table(results: dict[str, Any]) -> str:
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     note = f"95 % intervals over {first['pass_at_1']['n']} problems, {first['samples_per_problem']} samples each, {results['rollout_engine']} engine"
     if results["paired_difference"]:
-        note += f"\npaired difference in pass@1, {list(models)[-1]} - {list(models)[0]}: {show_estimate(results['paired_difference'], signed=True)}"
+        note += f"\npaired difference in pass@1, {list(models)[-1]} - {next(iter(models))}: {show_estimate(results['paired_difference'], signed=True)}"
     return "\n".join([*lines, note])
 
 
@@ -61,18 +64,41 @@ def draw(metrics_file: Path, results: dict[str, Any], picture: Path) -> None:
             axis.set_ylim(0, 1.02)
             for (label, model), color in zip(results["models"].items(), ("tab:gray", "tab:green"), strict=False):
                 estimate = model["pass_at_1"]
-                axis.axhline(estimate["mean"], color=color, linestyle="--", linewidth=1.2, label=f"{label}: {estimate['mean']:.3f} on {estimate['n']} test problems")
+                axis.axhline(
+                    estimate["mean"],
+                    color=color,
+                    linestyle="--",
+                    linewidth=1.2,
+                    label=f"{label}: {estimate['mean']:.3f} on {estimate['n']} test problems",
+                )
                 axis.axhspan(estimate["low"], estimate["high"], color=color, alpha=0.15)
             axis.legend(loc="lower right", fontsize=9)
     shown = results["shown"][:1]
     for problem in shown:
         question = problem["question"]
         half = question.find(". On", len(question) // 2) + 1 or len(question)
-        figure.text(0.03, 0.31, question[:half] + "\n" + question[half:].strip(), fontsize=11, weight="bold", va="top", wrap=True)
+        figure.text(
+            0.03,
+            0.31,
+            question[:half] + "\n" + question[half:].strip(),
+            fontsize=11,
+            weight="bold",
+            va="top",
+            wrap=True,
+        )
         for column, label in enumerate(results["models"]):
             axis = figure.add_subplot(grid[2, column])
             axis.axis("off")
-            axis.text(0.02, 0.72, f"{label} writes\n\n{problem[label]}", fontsize=10, family="monospace", va="top", wrap=True, transform=axis.transAxes)
+            axis.text(
+                0.02,
+                0.72,
+                f"{label} writes\n\n{problem[label]}",
+                fontsize=10,
+                family="monospace",
+                va="top",
+                wrap=True,
+                transform=axis.transAxes,
+            )
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 

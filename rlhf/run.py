@@ -32,6 +32,11 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def has_accelerator() -> bool:
+    """Whether a GPU's device file is there; asked before torch is imported."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
 def say(text: str) -> None:
     """Print once, whatever the number of ranks."""
     if is_main_process():
@@ -48,7 +53,11 @@ def write_json(path: Path, value: Any) -> None:
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """`key: old there, new here` for every leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [line for key in [*old, *(k for k in new if k not in old)] for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+        return [
+            line
+            for key in [*old, *(k for k in new if k not in old)]
+            for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        ]
     return [] if old == new else [f"{prefix.rstrip('.')} is {old!r} there and {new!r} here"]
 
 
@@ -86,7 +95,15 @@ class Run:
     def finish(self, **results: Any) -> None:
         """Mark the stage finished; `results` are what later stages and the summary read."""
         if is_main_process():
-            write_json(self.folder / FINISHED, {**results, "seconds": round(time.time() - self.started, 1), "peak_memory_gb": peak_memory_gb(), "git": git_revision()})
+            write_json(
+                self.folder / FINISHED,
+                {
+                    **results,
+                    "seconds": round(time.time() - self.started, 1),
+                    "peak_memory_gb": peak_memory_gb(),
+                    "git": git_revision(),
+                },
+            )
 
 
 def open_run(config: Config) -> Run:
@@ -106,7 +123,13 @@ def peak_memory_gb() -> float:
 def git_revision() -> str:
     """Commit the code is at, with a mark when it was changed since; `unknown` outside a checkout."""
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -125,11 +148,16 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
     parser.add_argument("--config", required=True, metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     arguments = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_accelerator() else "cpu")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         config = load_config(arguments.config, arguments.overrides)
         if not isinstance(config, config_class):
-            raise ValueError(f"{arguments.config} is a recipe for the stage {config.stage}; run {config.script} with it")
+            raise ValueError(
+                f"{arguments.config} is a recipe for the stage {config.stage}; run {config.script} with it"
+            )
         check_output_dir(config)
         if finished(config) is not None:
             say(f"{config.output_dir} holds this very run, finished; delete it to run again")

@@ -53,9 +53,13 @@ class Rollout:
 
     def __post_init__(self) -> None:
         if not self.token_ids:
-            raise ValueError(f"prompt {self.prompt.id!r} got an empty completion; set rollout.max_new_tokens to 1 or more")
+            raise ValueError(
+                f"prompt {self.prompt.id!r} got an empty completion; set rollout.max_new_tokens to 1 or more"
+            )
         if len(self.token_ids) != len(self.logprobs):
-            raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities for {self.prompt.id!r}")
+            raise ValueError(
+                f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities for {self.prompt.id!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,9 @@ class Score:
 
     def __post_init__(self) -> None:
         if (self.value is None) != (self.verdict == "undecided"):
-            raise ValueError(f"score value {self.value} contradicts verdict {self.verdict!r}; only an undecided rollout has no value")
+            raise ValueError(
+                f"score value {self.value} contradicts verdict {self.verdict!r}; only an undecided rollout has no value"
+            )
 
 
 RewardFn = Callable[[Sequence[Rollout]], list[Score]]

@@ -55,17 +55,22 @@ class WeightSync:
             RuntimeError: when it does not.
         """
         self._engine.load_weights(
-            ((name, parameter.detach()) for name, parameter in self._policy.named_parameters()), policy_version=policy_version
+            ((name, parameter.detach()) for name, parameter in self._policy.named_parameters()),
+            policy_version=policy_version,
         )
         if self._engine.policy_version != policy_version:
-            raise RuntimeError(f"the {self._engine.name} engine reports policy version {self._engine.policy_version} after a push of {policy_version}")
+            raise RuntimeError(
+                f"the {self._engine.name} engine reports policy version {self._engine.policy_version} after a push of {policy_version}"
+            )
         current = self._trainer_logprobs()
         freshness = self._check(current)
         self._previous = current
         return freshness
 
     def _check(self, current: torch.Tensor) -> Freshness:
-        engine = torch.tensor([logprob for p in self._probes for logprob in self._engine.score(p.prompt_ids, p.completion_ids)])
+        engine = torch.tensor(
+            [logprob for p in self._probes for logprob in self._engine.score(p.prompt_ids, p.completion_ids)]
+        )
         freshness = Freshness(
             error=(engine - current).abs().mean().item(),
             stale_error=(engine - self._previous).abs().mean().item(),

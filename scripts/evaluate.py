@@ -33,13 +33,14 @@ def evaluate(config: Evaluate, run: Run) -> None:
             rows = "".join(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in graded[label])
             (run.folder / f"samples.{label}.jsonl").write_text(rows, encoding="utf-8")
 
-    first, last = list(graded)[0], list(graded)[-1]
+    first, last = next(iter(graded)), list(graded)[-1]
     results = {
         "models": {label: summarise(g, pass_at=config.pass_at, seed=config.seed) for label, g in graded.items()},
         "paired_difference": compare(graded[first], graded[last], seed=config.seed) if first != last else None,
         "rollout_engine": engine_name,
         "shown": [
-            {"question": p.question, "reference": p.answer, **{label: g[i].texts[0] for label, g in graded.items()}} for i, p in enumerate(problems[: config.num_shown])
+            {"question": p.question, "reference": p.answer, **{label: g[i].texts[0] for label, g in graded.items()}}
+            for i, p in enumerate(problems[: config.num_shown])
         ],
     }
     if accelerator.is_main_process:
@@ -53,9 +54,21 @@ def sample_and_grade(config: Evaluate, model: Model, problems: list[Problem]) ->
     renderer = ChatRenderer(load_tokenizer(model.path, revision=model.revision), config.chat.system_prompt)
     prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
     require_prompts_fit(prompts, config.rollout)
-    engine = build_engine(config.rollout, model.path, revision=model.revision, stop_token_id=renderer.stop_token_id, decode=renderer.decode)
+    engine = build_engine(
+        config.rollout,
+        model.path,
+        revision=model.revision,
+        stop_token_id=renderer.stop_token_id,
+        decode=renderer.decode,
+    )
     k, rollout = config.rollout.samples_per_prompt, config.rollout
-    rollouts = engine.generate(prompts, samples_per_prompt=k, temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens, seed=config.seed)
+    rollouts = engine.generate(
+        prompts,
+        samples_per_prompt=k,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
+        seed=config.seed,
+    )
     engine.close()
     graded = []
     for i, problem in enumerate(problems):

@@ -20,7 +20,10 @@ def prepare_data(config: PrepareData, run: Run) -> None:
         heldout_pairs=config.num_preference_pairs // 10 + 1,
         **options,
     )
-    counts = {f.name: write_records(getattr(prepared, f.name), run.folder / f"{f.name}.jsonl") for f in dataclasses.fields(prepared)}
+    counts = {
+        f.name: write_records(getattr(prepared, f.name), run.folder / f"{f.name}.jsonl")
+        for f in dataclasses.fields(prepared)
+    }
     say(format_table([(f"{name}.jsonl", f"{count:,} records") for name, count in counts.items()]))
     for demonstration in prepared.demonstrations[:2]:
         say(f"\n{demonstration.question}\n{render_response(demonstration.scratchpad, demonstration.answer)}")

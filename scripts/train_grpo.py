@@ -3,7 +3,7 @@
 from data.chat import ChatRenderer, render_response
 from data.records import Demonstration, Problem, read_records
 from reward_models.composite import build_reward, require_reachable
-from rlhf.config import GRPO
+from rlhf.config import GRPO, RewardModelReward
 from rlhf.distributed import start
 from rlhf.models import check_model_path, load_causal_lm, load_tokenizer
 from rlhf.rollout.engine import build_engine, require_prompts_fit
@@ -20,7 +20,7 @@ def train_grpo(config: GRPO, run: Run) -> None:
     demonstrations = read_records(Demonstration, config.demonstrations)
     check_model_path(config.policy.path, "policy.path")
     for reward in config.rewards:
-        if reward.name == "reward_model":
+        if isinstance(reward, RewardModelReward):
             check_model_path(reward.path, "rewards.reward_model.path")
     tokenizer = load_tokenizer(config.policy.path, revision=config.policy.revision)
     renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
@@ -39,14 +39,19 @@ def train_grpo(config: GRPO, run: Run) -> None:
         config,
         accelerator,
         policy=load_causal_lm(config.policy.path, revision=config.policy.revision, dtype=config.policy.dtype),
-        reference=config.reference and load_causal_lm(config.reference.path, revision=config.reference.revision, dtype=config.reference.dtype),
+        reference=config.reference
+        and load_causal_lm(config.reference.path, revision=config.reference.revision, dtype=config.reference.dtype),
         engine=build_engine(
-            config.rollout, config.policy.path, revision=config.policy.revision, stop_token_id=renderer.stop_token_id, decode=renderer.decode
+            config.rollout,
+            config.policy.path,
+            revision=config.policy.revision,
+            stop_token_id=renderer.stop_token_id,
+            decode=renderer.decode,
         ),
         prompts=prompts,
         reward_fn=reward_fn,
         probes=[Probe(s.prompt.token_ids, s.token_ids) for s in fitting[:NUM_PROBES]],
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=renderer.pad_token_id,
         run=run,
     )
     trainer.train()
@@ -59,7 +64,14 @@ def _as_rollout(renderer: ChatRenderer, d: Demonstration) -> Rollout:
     text = renderer.completion(render_response(d.scratchpad, d.answer))
     token_ids = tuple(renderer.response_ids(text))
     prompt = renderer.prompt(d.id, d.question, d.answer)
-    return Rollout(prompt=prompt, token_ids=token_ids, logprobs=(0.0,) * len(token_ids), finish_reason="stop", text=text, policy_version=0)
+    return Rollout(
+        prompt=prompt,
+        token_ids=token_ids,
+        logprobs=(0.0,) * len(token_ids),
+        finish_reason="stop",
+        text=text,
+        policy_version=0,
+    )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,14 @@ from rlhf.run import Run, run_stage, say
 
 
 def train_reward_model(config: RewardModel, run: Run) -> None:
-    pairs = {name: read_records(PreferencePair, path) for name, path in (("train", config.train_pairs), ("held-out", config.heldout_pairs))}
+    pairs = {
+        name: read_records(PreferencePair, path)
+        for name, path in (("train", config.train_pairs), ("held-out", config.heldout_pairs))
+    }
     check_model_path(config.model.path, "model.path")
-    renderer = ChatRenderer(load_tokenizer(config.model.path, revision=config.model.revision), config.chat.system_prompt)
+    renderer = ChatRenderer(
+        load_tokenizer(config.model.path, revision=config.model.revision), config.chat.system_prompt
+    )
 
     def tokens(pair: PreferencePair, response: str) -> list[int]:
         return renderer.prompt_ids(pair.question) + renderer.response_ids(renderer.completion(response))
@@ -20,7 +25,9 @@ def train_reward_model(config: RewardModel, run: Run) -> None:
     for name, records in pairs.items():
         rendered = [TokenPair(chosen_ids=tokens(p, p.chosen), rejected_ids=tokens(p, p.rejected)) for p in records]
         kept[name] = [p for p in rendered if max(len(p.chosen_ids), len(p.rejected_ids)) <= config.max_tokens]
-        say(f"{len(kept[name]):,} {name} pairs, {len(rendered) - len(kept[name]):,} left out as longer than max_tokens {config.max_tokens}")
+        say(
+            f"{len(kept[name]):,} {name} pairs, {len(rendered) - len(kept[name]):,} left out as longer than max_tokens {config.max_tokens}"
+        )
         if not kept[name]:
             raise ValueError(f"all {name} pairs are longer than max_tokens {config.max_tokens}; raise it")
     statistics = train(config, train_pairs=kept["train"], heldout_pairs=kept["held-out"])

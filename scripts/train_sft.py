@@ -13,7 +13,9 @@ def train_sft(config: SFT, run: Run) -> None:
     check_model_path(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
-    renderer.require_round_trip(demonstrations[0].question, render_response(demonstrations[0].scratchpad, demonstrations[0].answer))
+    renderer.require_round_trip(
+        demonstrations[0].question, render_response(demonstrations[0].scratchpad, demonstrations[0].answer)
+    )
     examples = [
         Example(
             prompt_ids=renderer.prompt_ids(d.question),
@@ -24,7 +26,9 @@ def train_sft(config: SFT, run: Run) -> None:
     kept = [e for e in examples if len(e.input_ids) <= config.max_tokens]
     if not kept:
         raise ValueError(f"all {len(examples)} demonstrations are longer than max_tokens {config.max_tokens}; raise it")
-    say(f"{len(kept):,} demonstrations, {len(examples) - len(kept):,} left out as longer than max_tokens {config.max_tokens}")
+    say(
+        f"{len(kept):,} demonstrations, {len(examples) - len(kept):,} left out as longer than max_tokens {config.max_tokens}"
+    )
     run.finish(**train(config, tokenizer, kept), num_demonstrations=len(kept), num_too_long=len(examples) - len(kept))
 
 

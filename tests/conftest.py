@@ -22,12 +22,17 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def demonstrations():
-    return [to_demonstration(story, answers_at_once=False) for story in islice(generate_stories("train", seed=0, min_level=2, max_level=3), 200)]
+    return [
+        to_demonstration(story, answers_at_once=False)
+        for story in islice(generate_stories("train", seed=0, min_level=2, max_level=3), 200)
+    ]
 
 
 @pytest.fixture(scope="session")
 def tokenizer(demonstrations):
-    return train_tokenizer([f"{d.question} {render_response(d.scratchpad, d.answer)}" for d in demonstrations], vocab_size=400)
+    return train_tokenizer(
+        [f"{d.question} {render_response(d.scratchpad, d.answer)}" for d in demonstrations], vocab_size=400
+    )
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +42,9 @@ def renderer(tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_architecture():
-    return Architecture(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, max_positions=256)
+    return Architecture(
+        hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, max_positions=256
+    )
 
 
 @pytest.fixture(scope="session")

@@ -26,4 +26,8 @@ def grade(completion: str, reference: str) -> Grade:
     extracted = extract_boxed(completion)
     if extracted is None:
         return Grade("wrong", "no_boxed_answer")
-    return Grade("correct", "equal", extracted) if equivalent(extracted, reference) else Grade("wrong", "different", extracted)
+    return (
+        Grade("correct", "equal", extracted)
+        if equivalent(extracted, reference)
+        else Grade("wrong", "different", extracted)
+    )

@@ -25,7 +25,9 @@ class RolloutEngine(Protocol):
     policy_version: int
     """Optimizer steps the engine's weights have seen."""
 
-    def generate(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int
+    ) -> list[Rollout]:
         """`samples_per_prompt` completions of each prompt, those of one prompt next to each other.
 
         The same weights, arguments and seed give the same completions.
@@ -53,9 +55,13 @@ def choose_engine(name: str) -> str:
     """
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
-        raise ValueError("rollout.engine is vllm but vLLM is not installed; run `make install`, or set rollout.engine to transformers")
+        raise ValueError(
+            "rollout.engine is vllm but vLLM is not installed; run `make install`, or set rollout.engine to transformers"
+        )
     if name == "auto" and not installed:
-        logger.warning("vLLM is not installed: rollouts use transformers' generate, several times slower; `make install` brings vLLM")
+        logger.warning(
+            "vLLM is not installed: rollouts use transformers' generate, several times slower; `make install` brings vLLM"
+        )
     return "vllm" if installed and name != "transformers" else "transformers"
 
 
@@ -73,7 +79,9 @@ def require_prompts_fit(prompts: Sequence[Prompt], rollout: RolloutConfig) -> No
         )
 
 
-def build_engine(config: RolloutConfig, path: str, *, revision: str | None = None, stop_token_id: int, decode: Decode) -> RolloutEngine:
+def build_engine(
+    config: RolloutConfig, path: str, *, revision: str | None = None, stop_token_id: int, decode: Decode
+) -> RolloutEngine:
     """The engine a recipe asks for, holding the weights at `path`, at policy version 0."""
     if choose_engine(config.engine) == "vllm":
         from rlhf.rollout.vllm_colocate import VLLMEngine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,18 @@ MAX_SEQUENCES = 256
 class TransformersEngine:
     name = "transformers"
 
-    def __init__(self, config: RolloutConfig, path: str, *, revision: str | None, stop_token_id: int, decode: Decode) -> None:
+    def __init__(
+        self, config: RolloutConfig, path: str, *, revision: str | None, stop_token_id: int, decode: Decode
+    ) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = load_causal_lm(path, revision=revision, dtype=config.dtype).to(device).eval()
+        self._model: Any = load_causal_lm(path, revision=revision, dtype=config.dtype)
+        self._model.to(device).eval()
         self._stop_token_id, self._decode = stop_token_id, decode
         self.policy_version = 0
 
-    def generate(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int
+    ) -> list[Rollout]:
         repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -57,9 +63,14 @@ class TransformersEngine:
             output_logits=True,
         )
         device = self._model.device
-        output = self._model.generate(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=generation)  # type: ignore[operator]
+        output = self._model.generate(
+            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=generation
+        )
         sampled = output.sequences[:, width:]
-        logprobs = torch.stack([token_logprobs(logits, sampled[:, t], temperature=temperature) for t, logits in enumerate(output.logits)], 1)
+        logprobs = torch.stack(
+            [token_logprobs(logits, sampled[:, t], temperature=temperature) for t, logits in enumerate(output.logits)],
+            1,
+        )
         rollouts = []
         for prompt, tokens, token_logps in zip(prompts, sampled.tolist(), logprobs.tolist(), strict=True):
             stopped = self._stop_token_id in tokens

@@ -10,7 +10,7 @@ from typing import Any
 # Read by vLLM at import. In process, so that weights need not be serialised and the random state is ours; no telemetry.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 from torch import Tensor
@@ -23,12 +23,18 @@ from rlhf.types import FinishReason, Prompt, Rollout
 class VLLMEngine:
     name = "vllm"
 
-    def __init__(self, config: RolloutConfig, path: str, *, revision: str | None, stop_token_id: int, decode: Decode) -> None:
+    def __init__(
+        self, config: RolloutConfig, path: str, *, revision: str | None, stop_token_id: int, decode: Decode
+    ) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gb))))
         from vllm import LLM
 
         num_threads = torch.get_num_threads()
-        placement: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_share} if torch.cuda.is_available() else {"enforce_eager": True}
+        placement: dict[str, Any] = (
+            {"gpu_memory_utilization": config.gpu_memory_share}
+            if torch.cuda.is_available()
+            else {"enforce_eager": True}
+        )
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Every rank holds a whole engine; vLLM must not try to span them with a process group of its own.
             placement["distributed_executor_backend"] = "external_launcher"
@@ -48,7 +54,9 @@ class VLLMEngine:
         self._stop_token_id, self._decode = stop_token_id, decode
         self.policy_version = 0
 
-    def generate(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int
+    ) -> list[Rollout]:
         from vllm import SamplingParams
 
         sampling = SamplingParams(
@@ -62,8 +70,14 @@ class VLLMEngine:
         # One seed for the whole call: a seed per request makes vLLM sample row by row in Python.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            outputs = self._llm.generate([{"prompt_token_ids": list(p.token_ids)} for p in prompts], sampling, use_tqdm=False)
-        return [self._rollout(prompt, sample) for prompt, output in zip(prompts, outputs, strict=True) for sample in output.outputs]
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(p.token_ids)} for p in prompts], sampling, use_tqdm=False
+            )
+        return [
+            self._rollout(prompt, sample)
+            for prompt, output in zip(prompts, outputs, strict=True)
+            for sample in output.outputs
+        ]
 
     def _rollout(self, prompt: Prompt, sample: Any) -> Rollout:
         finish: FinishReason = "stop" if sample.finish_reason == "stop" else "length"
@@ -88,7 +102,9 @@ class VLLMEngine:
         return [per_position[i][tokens[i]].logprob for i in range(len(prompt_ids), len(tokens))]  # type: ignore[index]
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors), "is_checkpoint_format": True})
+        self._llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(named_tensors), "is_checkpoint_format": True}
+        )
         self._llm.apply_model(_repack_head)
         self._llm.reset_prefix_cache()
         self.policy_version = policy_version

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from rlhf.config import SFT, RewardModel
-from rlhf.run import num_ranks
+from rlhf.metrics import append_jsonl
+from rlhf.run import num_ranks, say
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -47,3 +49,20 @@ def last_checkpoint(output_dir: str) -> str | None:
     """Newest checkpoint of an interrupted stage that transformers wrote whole."""
     found = [p for p in (Path(output_dir) / "trainer").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+
+
+class LogLines(TrainerCallback):
+    """Prints and stores what the trainer logs, one line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        row = {"step": state.global_step, **{k: float(v) for k, v in logs.items()}}
+        append_jsonl(self._path, row)
+        accuracy = next((f"  accuracy {row[k]:.3f}" for k in ("mean_token_accuracy", "accuracy") if k in row), "")
+        say(
+            f"step {state.global_step:>5}/{state.max_steps}  loss {row['loss']:.4f}{accuracy}  grad_norm {row['grad_norm']:.2f}"
+        )

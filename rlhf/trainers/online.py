@@ -45,7 +45,10 @@ def prompts_of_batch(num_prompts: int, batch: int, size: int, *, seed: int) -> l
     for position in range(batch * size, (batch + 1) * size):
         epoch, offset = divmod(position, num_prompts)
         indices.append((epoch, offset))
-    orders = {epoch: random.Random(f"{seed}-{epoch}").sample(range(num_prompts), num_prompts) for epoch in {epoch for epoch, _ in indices}}
+    orders = {
+        epoch: random.Random(f"{seed}-{epoch}").sample(range(num_prompts), num_prompts)
+        for epoch in {epoch for epoch, _ in indices}
+    }
     return [orders[epoch][offset] for epoch, offset in indices]
 
 
@@ -110,10 +113,15 @@ class OnlineTrainer:
         self.config, self.accelerator, self.engine = config, accelerator, engine
         self.prompts, self.reward_fn, self.pad_token_id, self.run = prompts, reward_fn, pad_token_id, run
         o = config.optimizer
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=o.learning_rate, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
+        )
         steps = config.training.num_batches * self.steps_per_batch
         scheduler = get_scheduler(
-            "constant_with_warmup" if o.schedule == "constant" else o.schedule, optimizer, num_warmup_steps=o.warmup_steps, num_training_steps=steps
+            "constant_with_warmup" if o.schedule == "constant" else o.schedule,
+            optimizer,
+            num_warmup_steps=o.warmup_steps,
+            num_training_steps=steps,
         )
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
         self.scheduler = scheduler
@@ -127,7 +135,9 @@ class OnlineTrainer:
         truncate_jsonl(self.metrics_file, key="batch", below=self.first_batch + 1)
         self.policy.eval()  # dropout would make the trainer's policy another one than the sampler's
         if saved is not None:
-            engine.load_weights(((n, p.detach()) for n, p in self.unwrapped.named_parameters()), policy_version=self.policy_version)
+            engine.load_weights(
+                ((n, p.detach()) for n, p in self.unwrapped.named_parameters()), policy_version=self.policy_version
+            )
         self.sync = WeightSync(engine, self.unwrapped, probes, tolerance=config.guards.freshness_tolerance)
 
     @property
@@ -169,14 +179,22 @@ class OnlineTrainer:
             with self._timed(metrics, "sync"):
                 freshness = self.sync.push(policy_version=self.policy_version)
             metrics.add("sync/error", total=freshness.error, count=1)
-            row = {"batch": batch + 1, "step": self.policy_version, **reduce_metrics(gather(self.accelerator, [metrics.pairs()]))}
+            row = {
+                "batch": batch + 1,
+                "step": self.policy_version,
+                **reduce_metrics(gather(self.accelerator, [metrics.pairs()])),
+            }
             history.append(row)
             if self.accelerator.is_main_process:
                 append_jsonl(self.metrics_file, row)
             say(console_line(row, training.num_batches))
             if (batch + 1) % training.checkpoint_every == 0 and batch + 1 < training.num_batches:
                 save_checkpoint(
-                    self.accelerator, self.checkpoints, batch=batch + 1, keep=training.keep_checkpoints, state={"policy_version": self.policy_version}
+                    self.accelerator,
+                    self.checkpoints,
+                    batch=batch + 1,
+                    keep=training.keep_checkpoints,
+                    state={"policy_version": self.policy_version},
                 )
         return history
 
@@ -191,7 +209,11 @@ class OnlineTrainer:
         """What the whole run, resumed or not, comes to."""
         rows = read_jsonl(self.metrics_file)
         measured = [row["policy/kl_sampler"] for row in rows if "policy/kl_sampler" in row]
-        return {"rollout_engine": self.engine.name, "max_kl_sampler": max(measured, default=None), "policy_version": self.policy_version}
+        return {
+            "rollout_engine": self.engine.name,
+            "max_kl_sampler": max(measured, default=None),
+            "policy_version": self.policy_version,
+        }
 
     def sample(self, batch: int) -> list[Rollout]:
         """This rank's share of a rollout batch."""
@@ -206,7 +228,9 @@ class OnlineTrainer:
         )
         stale = {r.policy_version for r in rollouts} - {self.policy_version}
         if stale:
-            raise RuntimeError(f"rollouts come from policy version {min(stale)} while the trainer is at {self.policy_version}; the engine missed a weight push")
+            raise RuntimeError(
+                f"rollouts come from policy version {min(stale)} while the trainer is at {self.policy_version}; the engine missed a weight push"
+            )
         return rollouts
 
     def update(self, experience: Experience, metrics: Metrics) -> None:
@@ -215,7 +239,8 @@ class OnlineTrainer:
         num_groups = len(experience.rollouts) // size
         per_minibatch = num_groups // training.minibatches_per_batch
         minibatches = [
-            [g * size + s for g in range(m * per_minibatch, (m + 1) * per_minibatch) for s in range(size)] for m in range(training.minibatches_per_batch)
+            [g * size + s for g in range(m * per_minibatch, (m + 1) * per_minibatch) for s in range(size)]
+            for m in range(training.minibatches_per_batch)
         ]
         plans = [self._plan(experience, rows) for rows in minibatches]
         # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.
@@ -237,31 +262,44 @@ class OnlineTrainer:
         weights = token_weights(all_lengths, self.config.algorithm.aggregation)
         offset = self.accelerator.process_index * len(rows)
         weight_of = dict(zip(rows, weights[offset : offset + len(rows)].tolist(), strict=True))
-        needed = [i for i in rows if experience.trained[i] and (experience.advantages[i] != 0 or self.reference is not None)]
+        needed = [
+            i for i in rows if experience.trained[i] and (experience.advantages[i] != 0 or self.reference is not None)
+        ]
         totals = [len(experience.rollouts[i].prompt.token_ids) + len(experience.rollouts[i].token_ids) for i in needed]
-        chunks = [[needed[j] for j in chunk] for chunk in token_budget_chunks(totals, self.config.training.tokens_per_micro_batch)]
+        chunks = [
+            [needed[j] for j in chunk]
+            for chunk in token_budget_chunks(totals, self.config.training.tokens_per_micro_batch)
+        ]
         nothing = torch.zeros_like(experience.trained)
         plan = [self._pack(experience, chunk, experience.trained, weight_of) for chunk in chunks]
         idle = global_max(self.accelerator, max(1, len(chunks))) - len(chunks)
         return plan + [self._pack(experience, rows[:1], nothing, weight_of) for _ in range(idle)]
 
-    def _pack(self, experience: Experience, rows: list[int], trained: Tensor, weight_of: dict[int, float]) -> tuple[Batch, Tensor]:
+    def _pack(
+        self, experience: Experience, rows: list[int], trained: Tensor, weight_of: dict[int, float]
+    ) -> tuple[Batch, Tensor]:
         batch = pack(experience.rollouts, rows, experience.advantages, trained, pad_token_id=self.pad_token_id)
         return batch, torch.tensor([weight_of[i] for i in rows])
 
     def _forward(self, model: Any, batch: Batch) -> Tensor:
         """Logits at the trained targets: [N, V]."""
         device = self.accelerator.device
-        logits = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False).logits
+        logits = model(
+            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
+        ).logits
         return logits[batch.mask.to(device)]
 
     @torch.no_grad()
     def _logprobs(self, batch: Batch, model: Any | None = None) -> Tensor:
         """[N] log-probabilities of the trained targets, without gradient."""
         logits = self._forward(model or self.policy, batch)
-        return token_logprobs(logits, batch.targets[batch.mask].to(logits.device), temperature=self.config.rollout.temperature)
+        return token_logprobs(
+            logits, batch.targets[batch.mask].to(logits.device), temperature=self.config.rollout.temperature
+        )
 
-    def _optimizer_step(self, plan: list[tuple[Batch, Tensor]], old: list[Tensor] | None, metrics: Metrics, *, first: bool) -> list[Tensor]:
+    def _optimizer_step(
+        self, plan: list[tuple[Batch, Tensor]], old: list[Tensor] | None, metrics: Metrics, *, first: bool
+    ) -> list[Tensor]:
         """One optimizer step; returns the old log-probabilities it used, for later passes."""
         algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
         used: list[Tensor] = []
@@ -275,14 +313,18 @@ class OnlineTrainer:
                 logprobs = token_logprobs(logits, targets, temperature=temperature)
                 old_logprobs = logprobs.detach() if old is None else old[i]
                 advantages = batch.advantages[batch.mask].to(logits.device)
-                per_token = clipped_policy_loss(logprobs, old_logprobs, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+                per_token = clipped_policy_loss(
+                    logprobs, old_logprobs, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
+                )
                 if self.reference is not None:
                     kl = KL[algorithm.kl_estimator](logprobs, self._logprobs(batch, self.reference))
                     per_token = per_token + algorithm.kl_coefficient * kl
                     local.add("policy/kl_reference", total=kl.sum().item(), count=kl.numel())
                 weight = weights.unsqueeze(1).expand(batch.mask.shape)[batch.mask].to(logits.device)
                 loss = (per_token * weight).sum()  # 0, with a gradient of 0, on an idle pass
-                self._describe_tokens(local, batch, logits, logprobs, old_logprobs, advantages, on_policy=old is None or first)
+                self._describe_tokens(
+                    local, batch, logits, logprobs, old_logprobs, advantages, on_policy=old is None or first
+                )
                 self._require_finite(loss)
                 total_loss += loss.item()
                 if last:
@@ -290,7 +332,9 @@ class OnlineTrainer:
                 # Ranks average their gradients; the weights already carry the denominator of all of them.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             used.append(old_logprobs)
-        norm = clip_and_step(self.accelerator, self.policy, self.optimizer, self.scheduler, self.config.optimizer.max_grad_norm)
+        norm = clip_and_step(
+            self.accelerator, self.policy, self.optimizer, self.scheduler, self.config.optimizer.max_grad_norm
+        )
         self.policy_version += 1
         metrics.add("policy/grad_norm", total=norm, count=1)
         metrics.add("policy/loss", total=total_loss * self.accelerator.num_processes, count=1)
@@ -302,12 +346,26 @@ class OnlineTrainer:
 
     @torch.no_grad()
     def _describe_tokens(
-        self, metrics: Metrics, batch: Batch, logits: Tensor, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, on_policy: bool
+        self,
+        metrics: Metrics,
+        batch: Batch,
+        logits: Tensor,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        *,
+        on_policy: bool,
     ) -> None:
         algorithm, count = self.config.algorithm, logprobs.numel()
-        clipped = is_clipped(logprobs, old_logprobs, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+        clipped = is_clipped(
+            logprobs, old_logprobs, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
+        )
         metrics.add("policy/clip_fraction", total=clipped.sum().item(), count=count)
-        metrics.add("policy/entropy", total=token_entropy(logits, temperature=self.config.rollout.temperature).sum().item(), count=count)
+        metrics.add(
+            "policy/entropy",
+            total=token_entropy(logits, temperature=self.config.rollout.temperature).sum().item(),
+            count=count,
+        )
         sampler = batch.sampler_logprobs[batch.mask].to(logits.device)
         metrics.add("policy/kl_sampler", total=k3(sampler, old_logprobs).sum().item(), count=count)
 
@@ -324,7 +382,9 @@ class OnlineTrainer:
 
     def _require_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()}; the step is not taken and nothing is saved: lower optimizer.learning_rate or look at the rewards")
+            raise FloatingPointError(
+                f"loss is {loss.item()}; the step is not taken and nothing is saved: lower optimizer.learning_rate or look at the rewards"
+            )
 
     def _describe(self, experience: Experience, metrics: Metrics) -> None:
         """Metrics of the rollouts; stops the run when too many could not be judged."""
@@ -340,7 +400,9 @@ class OnlineTrainer:
                     if name != "correctness":
                         metrics.add(f"reward/{name}", total=value, count=1)
         for start in range(0, len(experience.scores), size):
-            values = torch.tensor([s.value if s.value is not None else float("nan") for s in experience.scores[start : start + size]])
+            values = torch.tensor(
+                [s.value if s.value is not None else float("nan") for s in experience.scores[start : start + size]]
+            )
             if not values.isnan().any():
                 metrics.add("reward/group_std", total=values.std().item(), count=1)
                 metrics.add("reward/groups_with_signal", total=bool((values != values[0]).any()), count=1)

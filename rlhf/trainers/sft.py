@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from rlhf.config import SFT
-from rlhf.metrics import append_jsonl
 from rlhf.models import load_causal_lm
 from rlhf.run import say
-from rlhf.trainers.arguments import last_checkpoint, trainer_arguments
+from rlhf.trainers.arguments import LogLines, last_checkpoint, trainer_arguments
 
 IGNORED = -100
 
@@ -47,7 +45,9 @@ def require_trained_stop_token(batch: dict[str, torch.Tensor], stop_token_id: in
     trained = labels != IGNORED
     share = (trained & real).sum().item() / real.sum().item()
     if not 0 < share < 1:
-        raise ValueError(f"{share:.0%} of the tokens are trained on; the loss must cover the responses and nothing else: check the chat template and the label mask")
+        raise ValueError(
+            f"{share:.0%} of the tokens are trained on; the loss must cover the responses and nothing else: check the chat template and the label mask"
+        )
     if (trained & ~real).any():
         raise ValueError("padding is trained on; the tokenizer's pad token must be masked in the labels")
     for row in range(labels.shape[0]):
@@ -60,24 +60,8 @@ def require_trained_stop_token(batch: dict[str, torch.Tensor], stop_token_id: in
     return share
 
 
-class LogLines(TrainerCallback):
-    """Prints and stores what the trainer logs, one line at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        row = {"step": state.global_step, **{k: float(v) for k, v in logs.items()}}
-        append_jsonl(self._path, row)
-        accuracy = next((f"  accuracy {row[k]:.3f}" for k in ("mean_token_accuracy", "accuracy") if k in row), "")
-        say(f"step {state.global_step:>5}/{state.max_steps}  loss {row['loss']:.4f}{accuracy}  grad_norm {row['grad_norm']:.2f}")
-
-
 def train(config: SFT, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> dict[str, float]:
     """Train and save model and tokenizer in `output_dir`; returns the final figures."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -89,9 +73,14 @@ def train(config: SFT, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Ex
         processing_class=tokenizer,
         callbacks=[LogLines(folder / "metrics.jsonl")],
     )
+    trainer.remove_callback(PrinterCallback)
     first = next(iter(trainer.get_train_dataloader()))
     share = require_trained_stop_token(first, examples[0].response_ids[-1])
     say(f"{share:.0%} of the tokens are trained on, stop token included")
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
-    trainer.save_model(str(folder))
+    if trainer.accelerator.is_main_process:
+        # Not save_model, which adds a pickle of the training arguments.
+        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        trained.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return {"loss": trainer.state.log_history[-1].get("train_loss", float("nan")), "trained_share": share}

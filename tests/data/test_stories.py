@@ -17,7 +17,9 @@ def test_the_same_seed_tells_the_same_stories_and_another_seed_others():
 
 
 def test_splits_share_no_plot_whatever_the_seeds():
-    train, test, validation = ({s.key() for s in stories(split, 3000, seed)} for split, seed in (("train", 0), ("test", 1), ("validation", 2)))
+    train, test, validation = (
+        {s.key() for s in stories(split, 3000, seed)} for split, seed in (("train", 0), ("test", 1), ("validation", 2))
+    )
     assert not train & test
     assert not train & validation
     assert not test & validation
@@ -44,7 +46,7 @@ def test_a_rejected_response_is_wrong_from_its_error_step_on_and_right_before():
         assert grade(pair.chosen, story.answer).verdict == "correct"
         assert grade(pair.rejected, story.answer).verdict == "wrong"
         chosen, rejected = pair.chosen.split("\n"), pair.rejected.split("\n")
-        first_difference = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)) if a != b)
+        first_difference = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
         assert first_difference - 1 == pair.error_step  # line 0 is <think>
 
 
@@ -58,9 +60,27 @@ def test_step_labels_turn_false_at_the_slip_and_stay_false():
 
 def test_demonstrations_problems_and_pairs_are_different_problems():
     p = prepare(
-        seed=0, min_level=2, max_level=5, answers_at_once=0.5, demonstrations=200, train_problems=200, test_problems=50, train_pairs=50, heldout_pairs=10
+        seed=0,
+        min_level=2,
+        max_level=5,
+        answers_at_once=0.5,
+        demonstrations=200,
+        train_problems=200,
+        test_problems=50,
+        train_pairs=50,
+        heldout_pairs=10,
     )
-    groups = [{r.id for r in records} for records in (p.demonstrations, p.train_problems, p.test_problems, p.train_pairs, p.heldout_pairs, p.labelled_steps)]
+    groups = [
+        {r.id for r in records}
+        for records in (
+            p.demonstrations,
+            p.train_problems,
+            p.test_problems,
+            p.train_pairs,
+            p.heldout_pairs,
+            p.labelled_steps,
+        )
+    ]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 200 + 200 + 50 + 50 + 10 + 50
     assert 60 < sum(not d.scratchpad for d in p.demonstrations) < 140
 
@@ -71,7 +91,10 @@ def test_asking_for_more_problems_than_there_are_says_so():
 
 
 def test_records_survive_the_file(tmp_path):
-    problems = [Problem(id="a", question="Wie viel? 7 €", answer="7"), Problem(id="b", question="q", answer="8", level=3)]
+    problems = [
+        Problem(id="a", question="Wie viel? 7 €", answer="7"),
+        Problem(id="b", question="q", answer="8", level=3),
+    ]
     write_records(problems, tmp_path / "p.jsonl")
     assert read_records(Problem, tmp_path / "p.jsonl") == problems
 

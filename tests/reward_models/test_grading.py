@@ -1,3 +1,4 @@
+import itertools
 import json
 import time
 from pathlib import Path
@@ -49,7 +50,16 @@ def test_equal_values_are_correct_and_different_ones_wrong(answer, reference, ve
     assert grade(f"\\boxed{{{answer}}}", reference).verdict == verdict
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 30_000, "{" * 200_000, "\\boxed{" + "9" * 100_000 + "}", "\\boxed{9^{9^{9^{9}}}}", "\\boxed{" + "1," * 50_000 + "1}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" * 30_000,
+        "{" * 200_000,
+        "\\boxed{" + "9" * 100_000 + "}",
+        "\\boxed{9^{9^{9^{9}}}}",
+        "\\boxed{" + "1," * 50_000 + "1}",
+    ],
+)
 def test_a_hostile_completion_is_judged_in_a_moment(text):
     started = time.perf_counter()
     assert grade(text, "7").verdict == "wrong"
@@ -58,8 +68,11 @@ def test_a_hostile_completion_is_judged_in_a_moment(text):
 
 @pytest.mark.skipif(not (SHARED / "gsm8k").is_dir(), reason="needs ../shared/data/gsm8k")
 def test_every_gsm8k_reference_is_correct_against_itself_and_wrong_against_its_neighbour():
-    answers = [json.loads(line)["answer"].split("####")[1].strip() for line in (SHARED / "gsm8k/test.jsonl").read_text().splitlines()]
-    for answer, other in zip(answers, answers[1:], strict=False):
+    answers = [
+        json.loads(line)["answer"].split("####")[1].strip()
+        for line in (SHARED / "gsm8k/test.jsonl").read_text().splitlines()
+    ]
+    for answer, other in itertools.pairwise(answers):
         assert grade(f"so\n\\boxed{{{answer}}}", answer).verdict == "correct"
         if float(answer.replace(",", "")) != float(other.replace(",", "")):
             assert grade(f"\\boxed{{{other}}}", answer).verdict == "wrong"

@@ -11,7 +11,13 @@ from rlhf.evaluation import GradedProblem, bootstrap, compare, majority_correct,
 def graded(id, verdicts, answers=None, level=1):
     n = len(verdicts)
     return GradedProblem(
-        id=id, level=level, answers=tuple(answers or ["x"] * n), verdicts=tuple(verdicts), lengths=(3,) * n, truncated=(False,) * n, texts=("",) * n
+        id=id,
+        level=level,
+        answers=tuple(answers or ["x"] * n),
+        verdicts=tuple(verdicts),
+        lengths=(3,) * n,
+        truncated=(False,) * n,
+        texts=("",) * n,
     )
 
 
@@ -39,7 +45,10 @@ def test_majority_ignores_missing_answers_and_shares_ties():
 
 def test_the_bootstrap_interval_covers_the_truth_about_95_percent_of_the_time():
     generator = np.random.default_rng(0)
-    covered = sum(e.low <= 0.3 <= e.high for e in (bootstrap((generator.random(200) < 0.3).astype(float), seed=i) for i in range(200)))
+    covered = sum(
+        e.low <= 0.3 <= e.high
+        for e in (bootstrap((generator.random(200) < 0.3).astype(float), seed=i) for i in range(200))
+    )
     assert 0.90 <= covered / 200 <= 0.99
 
 

@@ -34,7 +34,10 @@ def test_a_token_outside_the_trust_region_in_its_advantages_direction_gets_no_gr
 @pytest.mark.parametrize(("prob", "advantage"), [(0.75, -1.0), (0.25, 1.0)])
 def test_a_token_that_moved_the_wrong_way_keeps_its_gradient(prob, advantage):
     ratio = prob / 0.5
-    assert loss_and_gradient(prob, advantage, clip_low=0.2, clip_high=0.2) == (pytest.approx(-ratio * advantage), pytest.approx(-ratio * advantage))
+    assert loss_and_gradient(prob, advantage, clip_low=0.2, clip_high=0.2) == (
+        pytest.approx(-ratio * advantage),
+        pytest.approx(-ratio * advantage),
+    )
 
 
 def test_clip_higher_moves_only_the_upper_bound():
@@ -46,14 +49,21 @@ def test_is_clipped_agrees_with_a_vanished_gradient():
     for prob in (0.2, 0.45, 0.5, 0.55, 0.8):
         for advantage in (-1.0, 1.0):
             _, gradient = loss_and_gradient(prob, advantage, clip_low=0.2, clip_high=0.28)
-            clipped = is_clipped(torch.tensor(prob).log(), torch.tensor(0.5).log(), torch.tensor(advantage), clip_low=0.2, clip_high=0.28)
+            clipped = is_clipped(
+                torch.tensor(prob).log(), torch.tensor(0.5).log(), torch.tensor(advantage), clip_low=0.2, clip_high=0.28
+            )
             assert bool(clipped) == (gradient == 0.0)
 
 
 def test_group_relative_of_one_success_in_four():
     # mean 1/4, sample variance (9/16 + 3/16) / 3 = 1/4, so std 1/2
-    assert_close(group_relative(torch.tensor([[1.0, 0, 0, 0]]), scale_by_std=True), torch.tensor([[0.75, -0.25, -0.25, -0.25]]) / (0.5 + 1e-4))
-    assert_close(group_relative(torch.tensor([[1.0, 0, 0, 0]]), scale_by_std=False), torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
+    assert_close(
+        group_relative(torch.tensor([[1.0, 0, 0, 0]]), scale_by_std=True),
+        torch.tensor([[0.75, -0.25, -0.25, -0.25]]) / (0.5 + 1e-4),
+    )
+    assert_close(
+        group_relative(torch.tensor([[1.0, 0, 0, 0]]), scale_by_std=False), torch.tensor([[0.75, -0.25, -0.25, -0.25]])
+    )
 
 
 def test_groups_do_not_see_each_other():

@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The lock: gpu where an NVIDIA device is visible, cpu elsewhere; `make LOCK=requirements/cpu.txt demo` overrides.
+LOCK ?= requirements/$(if $(wildcard /dev/nvidiactl),gpu,cpu).txt
+# Two threads at most unless told otherwise: more than there are cores is many times slower.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export PYTHONUNBUFFERED := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test quick lint install clean-demo
+
+demo: install  ## Teach a small model to reason, start to finish, in about ten minutes
+	$(BIN)/python scripts/run_pipeline.py --config recipes/tiny/pipeline.yaml
+
+test: install lint  ## Everything CI runs
+	$(BIN)/pytest
+
+quick: install  ## The tests that take seconds
+	$(BIN)/pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+clean-demo:  ## Forget the demo's outputs
+	rm -rf outputs/demo
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	@command -v gcc >/dev/null || { echo "error: gcc is missing; install a C compiler (DeepSpeed and vLLM build small extensions)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old; Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --no-deps -r $(LOCK)
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	touch $@

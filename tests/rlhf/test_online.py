@@ -1,0 +1,370 @@
+"""The loop's arithmetic on stored rollouts, its guards, and an exact resume."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import rlhf.trainers.online as online
+from rlhf.advantages import group_relative
+from rlhf.config import load_config
+from rlhf.distributed import start
+from rlhf.kl import k3
+from rlhf.logprobs import token_logprobs
+from rlhf.metrics import Metrics, read_jsonl
+from rlhf.models import load_causal_lm
+from rlhf.packing import pack, token_budget_chunks
+from rlhf.rollout.engine import build_engine
+from rlhf.run import Run
+from rlhf.trainers.online import OnlineTrainer, prompts_of_batch, score_rollouts
+from rlhf.types import Rollout, Score
+from rlhf.weight_sync import Probe
+
+RECIPE = Path(__file__).parents[2] / "recipes/tiny/grpo.yaml"
+G = 3
+
+
+def config(*overrides):
+    return load_config(
+        RECIPE,
+        [
+            "rollout.engine=transformers", "rollout.prompts_per_batch=4", f"rollout.samples_per_prompt={G}", "rollout.max_new_tokens=10",
+            "rollout.max_prompt_tokens=100", "training.minibatches_per_batch=1", "training.tokens_per_micro_batch=400", "training.num_batches=4",
+            "training.checkpoint_every=2", "optimizer.warmup_steps=0", "rewards=[{name: correctness}]", *overrides,
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def make_trainer(model_folder, renderer, demonstrations, tmp_path):
+    def make(*overrides, folder="run", reward_fn=None):
+        cfg = config(*overrides)
+        prompts = [renderer.prompt(d.id, d.question, d.answer) for d in demonstrations[:10]]
+        engine = build_engine(cfg.rollout, model_folder, stop_token_id=renderer.stop_token_id, decode=renderer.decode)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return OnlineTrainer(
+            cfg,
+            start(cfg.seed),
+            policy=load_causal_lm(model_folder, revision=None, dtype="float32"),
+            reference=_perturbed(load_causal_lm(model_folder, revision=None, dtype="float32"))
+            if cfg.reference
+            else None,
+            engine=engine,
+            prompts=prompts,
+            reward_fn=reward_fn or count_of_a_token,
+            probes=[Probe(p.token_ids, tuple(renderer.response_ids("1 + 2"))) for p in prompts[:2]],
+            pad_token_id=renderer.tokenizer.pad_token_id,
+            run=Run(tmp_path / folder, 0.0),
+        )
+
+    return make
+
+
+def _perturbed(model):
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    return model
+
+
+def count_of_a_token(rollouts):
+    """Something a policy can learn at once: even tokens are good."""
+    return [
+        Score(
+            verdict="wrong",
+            value=sum(t % 2 == 0 for t in r.token_ids) / len(r.token_ids),
+            components={"correctness": 0.0},
+        )
+        for r in rollouts
+    ]
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Gradients at every optimizer step, which is not taken."""
+    steps = []
+
+    def capture(accelerator, model, optimizer, scheduler, max_grad_norm):
+        steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        optimizer.zero_grad()
+        return 1.0
+
+    monkeypatch.setattr(online, "clip_and_step", capture)
+    return steps
+
+
+def experience(trainer, values=None):
+    rollouts = trainer.sample(0)
+    scores = count_of_a_token(rollouts)
+    if values is not None:
+        scores = [Score(verdict="undecided" if v is None else "wrong", value=v) for v in values]
+    return score_rollouts(rollouts, scores, trainer.config)
+
+
+def expected_gradient(trainer, exp, *, aggregation="token", kl_coefficient=0.0):
+    """The same loss by a loop over unpadded sequences, one after the other."""
+    model = trainer.unwrapped
+    model.zero_grad()
+    lengths = [len(r.token_ids) for r, trained in zip(exp.rollouts, exp.trained, strict=True) if trained]
+    for rollout, advantage, trained in zip(exp.rollouts, exp.advantages, exp.trained, strict=True):
+        if not trained:
+            continue
+        tokens, start_at = (
+            torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]]),
+            len(rollout.prompt.token_ids) - 1,
+        )
+        targets = torch.tensor(rollout.token_ids)
+        logp = token_logprobs(model(input_ids=tokens[:, :-1]).logits[0, start_at:], targets, temperature=1.0)
+        per_token = -torch.exp(logp - logp.detach()) * advantage
+        if kl_coefficient:
+            with torch.no_grad():
+                reference = token_logprobs(
+                    trainer.reference(input_ids=tokens[:, :-1]).logits[0, start_at:], targets, temperature=1.0
+                )
+            per_token = per_token + kl_coefficient * k3(logp, reference)
+        weight = 1 / sum(lengths) if aggregation == "token" else 1 / (len(rollout.token_ids) * len(lengths))
+        (per_token.sum() * weight).backward()
+    gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    return gradient
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_close(actual[name], expected[name], atol=2e-7, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_the_gradient_is_that_of_a_plain_loop_over_sequences(make_trainer, captured, aggregation):
+    trainer = make_trainer(f"algorithm.aggregation={aggregation}")
+    exp = experience(trainer)
+    trainer.update(exp, Metrics())
+    assert_same(captured[0], expected_gradient(trainer, exp, aggregation=aggregation))
+
+
+def test_the_kl_penalty_has_the_gradient_of_its_estimator_and_reaches_groups_without_signal(
+    make_trainer, captured, model_folder
+):
+    trainer = make_trainer("algorithm.kl_coefficient=0.3", f"reference={{path: {model_folder}}}")
+    exp = experience(trainer, [1.0] * G + [0.0, 1.0, 0.0] * 3)
+    trainer.update(exp, Metrics())
+    assert_same(captured[0], expected_gradient(trainer, exp, kl_coefficient=0.3))
+
+
+@pytest.mark.parametrize("budget", [120, 250, 10_000])
+def test_how_a_step_is_cut_into_micro_batches_does_not_change_its_gradient(make_trainer, captured, budget):
+    trainer = make_trainer(f"training.tokens_per_micro_batch={budget}")
+    exp = experience(trainer)
+    trainer.update(exp, Metrics())
+    assert_same(captured[0], expected_gradient(trainer, exp))
+
+
+def test_groups_without_signal_are_not_computed_but_count_in_the_denominator(make_trainer, captured, monkeypatch):
+    trainer = make_trainer("training.tokens_per_micro_batch=120")
+    exp = experience(trainer, [1.0] * G + [0.0] * G + [0.0, 1.0, 0.0] * 2)
+    passes = []
+    forward = trainer._forward
+    monkeypatch.setattr(
+        trainer, "_forward", lambda model, batch: (passes.append(len(batch.rows)), forward(model, batch))[1]
+    )
+    trainer.update(exp, Metrics())
+    assert sum(passes) == 2 * G
+    assert_same(captured[0], expected_gradient(trainer, exp))
+
+
+def test_a_batch_without_any_signal_takes_one_pass_with_a_gradient_of_zero(make_trainer, captured):
+    trainer = make_trainer()
+    trainer.update(experience(trainer, [1.0] * 4 * G), Metrics())
+    assert all(gradient.eq(0).all() for gradient in captured[0].values())
+
+
+def test_an_undecided_completion_takes_its_whole_group_out_and_is_never_a_zero(make_trainer, captured):
+    trainer = make_trainer()
+    exp = experience(trainer, [None, 1.0, 0.0] + [0.0, 1.0, 0.0] * 3)
+    assert exp.trained.tolist() == [False] * G + [True] * 3 * G
+    trainer.update(exp, Metrics())
+    without = dataclasses.replace(
+        exp, rollouts=exp.rollouts[G:], scores=exp.scores[G:], advantages=exp.advantages[G:], trained=exp.trained[G:]
+    )
+    assert_same(captured[0], expected_gradient(trainer, without))
+
+
+def test_advantages_are_those_of_the_whole_group_before_truncated_completions_are_masked(make_trainer):
+    trainer = make_trainer("algorithm.truncated=mask")
+    rollouts = [
+        dataclasses.replace(r, finish_reason="length" if i == 0 else "stop") for i, r in enumerate(trainer.sample(0))
+    ]
+    exp = score_rollouts(
+        rollouts, [Score(verdict="wrong", value=float(i % G == 0)) for i in range(len(rollouts))], trainer.config
+    )
+    assert exp.trained.tolist() == [False] + [True] * (4 * G - 1)
+    expected = group_relative(torch.tensor([[1.0, 0.0, 0.0]]), scale_by_std=True)[0]
+    assert_close(exp.advantages[:G], torch.tensor([0.0, expected[1], expected[2]]))
+
+
+def test_garbage_in_every_masked_position_changes_nothing(make_trainer, captured, monkeypatch):
+    trainer = make_trainer()
+    exp = experience(trainer)
+    trainer.update(exp, Metrics())
+    original = online.pack
+
+    def poisoned(*args, **kwargs):
+        batch = original(*args, **kwargs)
+        for tensor in (batch.sampler_logprobs, batch.advantages):
+            tensor[~batch.mask] = float("nan")
+        batch.targets[~batch.mask] = 3
+        batch.input_ids[~batch.attention_mask] = 5
+        return batch
+
+    monkeypatch.setattr(online, "pack", poisoned)
+    trainer.update(exp, Metrics())
+    assert_same(captured[1], captured[0])
+
+
+def test_later_minibatches_are_compared_with_the_policy_that_sampled(make_trainer):
+    trainer = make_trainer(
+        "training.minibatches_per_batch=2", "optimizer.learning_rate=0.003", "guards.max_kl_sampler=1e-6"
+    )
+    metrics = Metrics()
+    trainer.update(
+        experience(trainer), metrics
+    )  # the second step's old log-probabilities come from before the first: its KL to the sampler is 0
+    assert trainer.policy_version == 2
+    total, count = metrics.pairs()["policy/kl_sampler"]
+    assert total / count < 1e-6
+
+
+def test_a_sampler_that_is_not_the_policy_stops_the_run_before_the_step(make_trainer):
+    trainer = make_trainer()
+    exp = experience(trainer)
+    before = [p.clone() for p in trainer.unwrapped.parameters()]
+    off = [dataclasses.replace(r, logprobs=tuple(x - 0.7 for x in r.logprobs)) for r in exp.rollouts]
+    with pytest.raises(RuntimeError, match="policy/kl_sampler is .* above guards.max_kl_sampler"):
+        trainer.update(dataclasses.replace(exp, rollouts=off), Metrics())
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
+
+
+def test_a_sampler_whose_logprobs_are_nan_stops_the_run(make_trainer):
+    trainer = make_trainer()
+    exp = experience(trainer)
+    off = [dataclasses.replace(r, logprobs=(float("nan"),) * len(r.token_ids)) for r in exp.rollouts]
+    with pytest.raises(RuntimeError, match="policy/kl_sampler is nan"):
+        trainer.update(dataclasses.replace(exp, rollouts=off), Metrics())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(make_trainer):
+    trainer = make_trainer()
+    exp = experience(trainer)
+    before = [p.clone() for p in trainer.unwrapped.parameters()]
+    with pytest.raises(FloatingPointError, match="nothing is saved"):
+        trainer.update(dataclasses.replace(exp, advantages=exp.advantages * float("inf")), Metrics())
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(make_trainer):
+    trainer = make_trainer()
+    exp = experience(trainer)
+    before = [p.clone() for p in trainer.unwrapped.parameters()]
+    next(trainer.unwrapped.parameters()).register_hook(lambda g: g * float("nan"))
+    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
+        trainer.update(exp, Metrics())
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
+
+
+def test_rollouts_of_another_policy_version_are_refused(make_trainer):
+    trainer = make_trainer()
+    trainer.policy_version = 3
+    with pytest.raises(RuntimeError, match="rollouts come from policy version 0 while the trainer is at 3"):
+        trainer.sample(0)
+
+
+def test_too_many_undecided_completions_stop_the_run_with_their_reasons(make_trainer):
+    def undecided(rollouts):
+        return [Score(verdict="undecided", value=None, reason="unreadable_reference of p7") for _ in rollouts]
+
+    with pytest.raises(RuntimeError, match="100% of the completions could not be judged.*unreadable_reference of p7"):
+        make_trainer(reward_fn=undecided).train()
+
+
+def test_the_policy_learns_what_is_rewarded(make_trainer):
+    trainer = make_trainer(
+        "training.num_batches=12",
+        "optimizer.learning_rate=0.01",
+        "rollout.prompts_per_batch=8",
+        "rollout.samples_per_prompt=8",
+    )
+    history = trainer.train()
+    assert history[-1]["reward/total"] > history[0]["reward/total"] + 0.3
+    assert all(row["sync/error"] < 1e-4 for row in history)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(make_trainer):
+    clock = {"seconds/rollout", "seconds/reward", "seconds/train", "seconds/sync"}
+    whole = make_trainer(folder="whole")
+    whole.train()
+    interrupted = make_trainer(folder="interrupted")
+    interrupted.config.training.__dict__["num_batches"] = (
+        3  # killed in the third batch, after the checkpoint of the second
+    )
+    interrupted.train()
+    resumed = make_trainer(folder="interrupted")
+    assert (resumed.first_batch, resumed.policy_version) == (2, 2)
+    resumed.train()
+    for a, b in zip(whole.unwrapped.parameters(), resumed.unwrapped.parameters(), strict=True):
+        assert torch.equal(a, b)
+    rows = [
+        [{k: v for k, v in row.items() if k not in clock} for row in read_jsonl(t.metrics_file)]
+        for t in (whole, resumed)
+    ]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 4
+
+
+def test_a_checkpoint_half_written_is_not_resumed_from(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    (trainer.checkpoints / "batch-000003").mkdir()
+    (trainer.checkpoints / "writing-000003").mkdir()
+    assert make_trainer().first_batch == 2
+
+
+def test_every_epoch_takes_every_prompt_once_in_a_fresh_order_that_the_seed_fixes():
+    drawn = [i for batch in range(5) for i in prompts_of_batch(10, batch, 4, seed=0)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
+    assert drawn[:10] != drawn[10:20]
+    assert prompts_of_batch(10, 2, 4, seed=0) == drawn[8:12]
+    assert prompts_of_batch(10, 0, 10, seed=1) != prompts_of_batch(10, 0, 10, seed=0)
+
+
+def test_chunks_respect_the_budget_with_padding_counted_and_lose_nothing():
+    lengths = [5, 9, 2, 9, 7, 1]
+    chunks = token_budget_chunks(lengths, 18)
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(6))
+    assert all(max(lengths[i] for i in chunk) * len(chunk) <= 18 for chunk in chunks)
+    with pytest.raises(ValueError, match="tokens_per_micro_batch"):
+        token_budget_chunks([19], 18)
+
+
+def test_packing_aligns_targets_with_the_token_before_them(renderer):
+    prompt = renderer.prompt("p", "q", "1")
+    rollout = Rollout(
+        prompt=prompt,
+        token_ids=(11, 12, 13),
+        logprobs=(-0.1, -0.2, -0.3),
+        finish_reason="stop",
+        text="",
+        policy_version=0,
+    )
+    longer = dataclasses.replace(rollout, token_ids=(21, 22, 23, 24, 25), logprobs=(-1.0,) * 5)
+    batch = pack([rollout, longer], [0, 1], torch.tensor([2.0, -1.0]), torch.tensor([True, True]), pad_token_id=0)
+    assert batch.targets[0][batch.mask[0]].tolist() == [11, 12, 13]
+    where = batch.mask[0].nonzero()[:, 0]
+    assert batch.input_ids[0][where].tolist() == [prompt.token_ids[-1], 11, 12]
+    assert_close(batch.sampler_logprobs[0][batch.mask[0]], torch.tensor([-0.1, -0.2, -0.3]))
+    assert batch.advantages[0][batch.mask[0]].tolist() == [2.0] * 3
+    assert batch.mask[1].sum() == 5
+    assert batch.attention_mask.sum(1).tolist() == [len(prompt.token_ids) + 2, len(prompt.token_ids) + 4]
