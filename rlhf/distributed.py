@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
 
+from rlhf.run import num_ranks
 
-def start(seed: int) -> Accelerator:
+
+def start(seed: int, *, max_grad_norm: float = 1.0) -> Accelerator:
     """The accelerator that `accelerate launch` configured, with every random generator seeded, the same on all ranks.
 
     Raises:
         ValueError: for a set-up the loop does not support yet.
     """
-    accelerator = Accelerator()
+    # Without a GPU accelerate finds no backend under DeepSpeed and every rank believes it is alone.
+    needs_gloo = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if needs_gloo else []
+    accelerator = Accelerator(kwargs_handlers=handlers)
+    if accelerator.num_processes != num_ranks():
+        raise RuntimeError(
+            f"accelerate sees {accelerator.num_processes} ranks but {num_ranks()} were launched; check the accelerate configuration"
+        )
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         if plugin.zero_stage == 3:
@@ -28,6 +38,7 @@ def start(seed: int) -> Accelerator:
         # The loop accumulates by itself, with one denominator an optimizer step.
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
         plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
     elif accelerator.gradient_accumulation_steps != 1:
         raise ValueError(

@@ -32,11 +32,6 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def has_accelerator() -> bool:
-    """Whether a GPU's device file is there; asked before torch is imported."""
-    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
-
-
 def say(text: str) -> None:
     """Print once, whatever the number of ranks."""
     if is_main_process():
@@ -139,6 +134,19 @@ def format_table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"  {quantity:{width}}  {value}" for quantity, value in rows)
 
 
+def raised_by_us(error: BaseException) -> bool:
+    """Whether this project's own code raised it: then it is a sentence for the user, else a fault with a traceback worth seeing."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    root = Path(__file__).resolve().parents[1]
+    return (
+        frame is not None
+        and Path(frame.tb_frame.f_code.co_filename).resolve().parent.is_relative_to(root)
+        and ".venv" not in frame.tb_frame.f_code.co_filename
+    )
+
+
 def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
     """The `main` of a stage script: `--config RECIPE [key.sub=value ...]`.
 
@@ -148,9 +156,6 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
     parser.add_argument("--config", required=True, metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     arguments = parser.parse_args()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_accelerator() else "cpu")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -167,6 +172,8 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
             say(f"{config.stage}: batch arithmetic\n{format_table(rows)}")
         stage(config, open_run(config))
     except ValueError as error:
+        if not raised_by_us(error):
+            raise
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

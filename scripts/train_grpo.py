@@ -32,7 +32,7 @@ def train_grpo(config: GRPO, run: Run) -> None:
     if not fitting:
         raise ValueError(f"no demonstration fits into rollout.max_new_tokens {config.rollout.max_new_tokens}; raise it")
 
-    accelerator = start(config.seed)
+    accelerator = start(config.seed, max_grad_norm=config.optimizer.max_grad_norm)
     reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device))
     require_reachable(reward_fn, fitting)
     trainer = OnlineTrainer(

@@ -1,0 +1,180 @@
+"""Rules, their sum, and the outcome model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from reward_models.composite import CompositeReward, require_reachable
+from reward_models.outcome import STATISTICS, OutcomeModel, TokenPair, pairwise_accuracy, train
+from reward_models.verifiable import correctness, find_rule, format_followed
+from rlhf.config import load_config
+from rlhf.types import Prompt, Rollout
+
+ROOT = Path(__file__).parents[2]
+
+
+def rollout(text, reference="7", finish="stop", tokens=(5, 6)):
+    prompt = Prompt(id="p", token_ids=(1, 2), question="q", reference=reference)
+    return Rollout(
+        prompt=prompt,
+        token_ids=tokens,
+        logprobs=(0.0,) * len(tokens),
+        finish_reason=finish,
+        text=text,
+        policy_version=0,
+    )
+
+
+def reward(**kwargs):
+    return CompositeReward(
+        {"correctness": (correctness, 1.0), "format": (format_followed, 0.5)}, kwargs.pop("models", {}), **kwargs
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<think>\n3 + 4 = 7\n</think>\n\\boxed{7}", 1.0),
+        ("<think>\n</think>\n\\boxed{7}", 1.0),
+        ("\\boxed{7}", 0.0),
+        ("<think>\\boxed{7}", 0.0),
+        ("<think>\n</think>\n\\boxed{7}<think>", 0.0),
+        ("<think>\n</think>", 0.0),
+    ],
+)
+def test_the_format_is_one_pair_of_tags_then_a_box(text, value):
+    assert format_followed(rollout(text), text) == value
+
+
+def test_a_completion_cut_short_does_not_follow_the_format():
+    text = "<think>\n</think>\n\\boxed{7}"
+    assert format_followed(rollout(text, finish="length"), text) == 0.0
+
+
+def test_the_total_is_the_weighted_sum_and_every_component_is_reported():
+    [score] = reward(models={"reward_model": (lambda rollouts: [-2.0], 0.1)})(
+        [rollout("<think>\n</think>\n\\boxed{7}")]
+    )
+    assert score.components == {"correctness": 1.0, "format": 1.0, "reward_model": -2.0}
+    assert score.value == pytest.approx(1.0 + 0.5 - 0.2)
+    assert score.verdict == "correct"
+
+
+def test_an_unreadable_reference_is_undecided_and_worth_nothing_rather_than_zero():
+    [score] = reward()([rollout("\\boxed{7}", reference=" ")])
+    assert (score.verdict, score.value, score.reason) == ("undecided", None, "unreadable_reference of p")
+
+
+def test_a_component_that_cannot_tell_makes_the_rollout_undecided():
+    unsure = CompositeReward({"correctness": (correctness, 1.0), "mine": (lambda r, text: None, 1.0)}, {})
+    [score] = unsure([rollout("\\boxed{7}")])
+    assert (score.verdict, score.value) == ("undecided", None)
+
+
+@pytest.mark.parametrize(("truncated_is_wrong", "verdict"), [(True, "wrong"), (False, "correct")])
+def test_a_boxed_answer_in_a_truncated_completion_counts_as_the_recipe_says(truncated_is_wrong, verdict):
+    [score] = reward(truncated_is_wrong=truncated_is_wrong)([rollout("\\boxed{7} and so on", finish="length")])
+    assert score.verdict == verdict
+    assert score.components["correctness"] == float(verdict == "correct")
+
+
+def test_a_template_that_opens_think_is_seen_by_the_format_reward():
+    text = "3 + 4 = 7\n</think>\n\\boxed{7}"
+    require_reachable(reward(prefill="<think>\n"), [rollout(text)])
+    with pytest.raises(ValueError, match="cannot reach its maximum.*format 0 instead of 1"):
+        require_reachable(reward(), [rollout(text)])
+
+
+def test_a_reference_solution_that_is_not_correct_stops_before_training():
+    with pytest.raises(ValueError, match="correctness 0 instead of 1"):
+        require_reachable(reward(), [rollout("<think>\n</think>\n\\boxed{7.5}")])
+    with pytest.raises(ValueError, match="correctness undecided"):
+        require_reachable(reward(), [rollout("<think>\n</think>\n\\boxed{7.5}", reference="$")])
+
+
+def test_a_reward_of_ones_own_is_found_by_its_dotted_path():
+    assert find_rule("reward_models.verifiable:brevity")(rollout("x"), "x") == pytest.approx(1 / 1.002)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        find_rule("no_such_package:rule")
+
+
+def test_pairwise_accuracy_counts_a_tie_as_half():
+    assert (
+        pairwise_accuracy(torch.tensor([2.0, 1.0, 0.0, 3.0]), torch.tensor([1.0, 1.0, 5.0, 2.0]))
+        == (1 + 0.5 + 0 + 1) / 4
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, tmp_path_factory):
+    """A reward model that prefers sequences ending in token 10 to those ending in 11."""
+    folder = tmp_path_factory.mktemp("rm") / "run"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    heads = [
+        torch.randint(20, 90, (int(n),), generator=generator).tolist()
+        for n in torch.randint(4, 12, (256,), generator=generator)
+    ]
+    pairs = [TokenPair(chosen_ids=[*head, 10], rejected_ids=[*head, 11]) for head in heads]
+    overrides = [
+        f"output_dir={folder}", f"model.path={model_folder}", "training.num_steps=30", "optimizer.learning_rate=0.003", "optimizer.warmup_steps=0",
+    ]  # fmt: skip
+    statistics = train(
+        load_config(ROOT / "recipes/tiny/reward_model.yaml", overrides),
+        train_pairs=pairs[:200],
+        heldout_pairs=pairs[200:],
+    )
+    return folder, statistics, pairs
+
+
+def test_the_outcome_model_learns_a_preference_and_keeps_it_through_the_file(trained):
+    folder, statistics, pairs = trained
+    assert statistics["accuracy"] > 0.95
+    model = OutcomeModel.load(str(folder), device="cpu")
+    chosen = model.raw_scores([p.chosen_ids for p in pairs[200:]], batch_size=16)
+    rejected = model.raw_scores([p.rejected_ids for p in pairs[200:]], batch_size=16)
+    assert pairwise_accuracy(chosen, rejected) == statistics["accuracy"]
+
+
+def test_a_score_does_not_depend_on_what_shares_its_batch(trained):
+    folder, _, pairs = trained
+    model = OutcomeModel.load(str(folder), device="cpu")
+    sequences = [p.chosen_ids for p in pairs[:9]]
+    torch.testing.assert_close(
+        model.raw_scores(sequences, batch_size=9), model.raw_scores(sequences, batch_size=1), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_scores_are_standardised_by_held_out_statistics_and_clipped(trained):
+    folder, statistics, _ = trained
+    model = OutcomeModel.load(str(folder), device="cpu")
+    raw = model.raw_scores([(1, 2, 5, 6)], batch_size=1).item()
+    [value] = model.scorer(clip=100.0, batch_size=4)([rollout("x")])
+    assert value == pytest.approx((raw - statistics["mean"]) / statistics["std"], rel=1e-4)
+    [clipped] = model.scorer(clip=1e-3, batch_size=4)([rollout("x")])
+    assert abs(clipped) == pytest.approx(1e-3)
+
+
+def test_a_reward_model_whose_head_is_missing_is_refused(trained, tmp_path):
+    folder, _, _ = trained
+    for name in ("config.json", STATISTICS):
+        (tmp_path / name).write_text((folder / name).read_text())
+    weights = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "score" not in name}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1)  # transformers itself only remarks on it
+    with pytest.raises(ValueError, match="score.weight"):
+        OutcomeModel.load(str(tmp_path), device="cpu")
+
+
+def test_a_reward_model_without_statistics_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_reward_model"):
+        OutcomeModel.load(str(tmp_path), device="cpu")
+
+
+def test_saved_statistics_are_those_of_the_held_out_scores(trained):
+    folder, statistics, _ = trained
+    assert json.loads((folder / STATISTICS).read_text()) == statistics

@@ -1,0 +1,74 @@
+"""The tiny GRPO recipe under `accelerate launch` on two CPU ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.records import write_records
+from data.stories import prepare
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    prepared = prepare(
+        seed=0, min_level=2, max_level=3, answers_at_once=0.0, demonstrations=64, train_problems=64, test_problems=4,
+        train_pairs=4, heldout_pairs=2,
+    )  # fmt: skip
+    write_records(prepared.train_problems, folder / "problems.jsonl")
+    write_records(prepared.demonstrations, folder / "demonstrations.jsonl")
+    return folder
+
+
+def launch(accelerate_config, num_ranks, model_folder, records, output_dir, *overrides):
+    """metrics rows and final weights of a short GRPO run."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", ROOT / f"recipes/accelerate/{accelerate_config}.yaml", "--num_processes", str(num_ranks), "--main_process_port", "0",
+        ROOT / "scripts/train_grpo.py", "--config", ROOT / "recipes/tiny/grpo.yaml", f"output_dir={output_dir}",
+        f"policy.path={model_folder}", f"problems={records}/problems.jsonl", f"demonstrations={records}/demonstrations.jsonl",
+        "rewards=[{name: correctness}, {name: length}]", "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4",
+        "rollout.max_prompt_tokens=120", "training.num_batches=2", "rollout.kv_cache_gb=1", *overrides,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return rows, load_file(output_dir / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_zero_2_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, records, tmp_path):
+    rows, weights = launch("zero2_cpu", 2, model_folder, records, tmp_path / "run", "rollout.engine=vllm")
+    start = load_file(Path(model_folder) / "model.safetensors")
+    assert any(not torch.equal(start[name], weights[name]) for name in start)
+    assert [row["step"] for row in rows] == [2, 4]
+    for row in rows:
+        assert row["sync/error"] < 1e-4
+        assert row["policy/kl_sampler"] < 1e-6
+        assert row["rollout/length"] > 1
+
+
+@pytest.mark.slow
+def test_an_odd_number_of_micro_batches_on_one_rank_does_not_dead_lock(model_folder, records, tmp_path):
+    # one sequence per micro-batch: as many passes as sequences with signal, which differ between the ranks
+    rows, _ = launch(
+        "ddp_cpu",
+        2,
+        model_folder,
+        records,
+        tmp_path / "run",
+        "rollout.engine=transformers",
+        "training.tokens_per_micro_batch=210",
+    )
+    assert [row["step"] for row in rows] == [2, 4]
