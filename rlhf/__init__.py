@@ -9,3 +9,4 @@ HAS_ACCELERATOR = any(Path(device).exists() for device in ("/dev/nvidiactl", "/d
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if HAS_ACCELERATOR else "cpu")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -14,11 +14,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.config import Architecture, Dtype
 
-disable_progress_bar()  # a bar for loading 50 tensors is noise among a stage's own lines
+# A bar for loading 50 tensors is noise among a stage's own lines; what transformers would report of missing weights is an error here.
+disable_progress_bar()
+set_verbosity_error()
 
 
 def check_model_path(path: str, key: str) -> None:
@@ -42,14 +44,25 @@ def check_model_path(path: str, key: str) -> None:
 
 
 def load_causal_lm(path: str, *, revision: str | None, dtype: Dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
+    """A causal language model with every weight read from its files.
+
+    Raises:
+        ValueError: when the files lack a weight, which transformers would initialise at random.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(
         path,
         revision=revision,
         dtype=getattr(torch, dtype),
         use_safetensors=True,
         trust_remote_code=False,
         attn_implementation="sdpa",
+        output_loading_info=True,
     )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{path} lacks {', '.join(sorted(info['missing_keys'])[:5])}; weights initialised at random would be trained or sampled from: save the whole model there"
+        )
+    return model
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,8 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once: no news
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     try:
         config = load_config(arguments.config, arguments.overrides)
         if not isinstance(config, config_class):

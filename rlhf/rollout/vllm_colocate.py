@@ -48,6 +48,7 @@ class VLLMEngine:
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **placement,
         )
         torch.set_num_threads(num_threads)  # vLLM binds OpenMP threads for itself; the trainer shares the process

@@ -35,14 +35,46 @@ class Example:
         return [IGNORED] * len(self.prompt_ids) + self.response_ids
 
 
-def require_trained_stop_token(batch: dict[str, torch.Tensor], stop_token_id: int) -> float:
-    """Check a batch as the trainer will really see it; returns the share of its tokens that is trained on.
+@dataclass(frozen=True, slots=True)
+class PackingCollator:
+    """Whole conversations into as few rows as fit, each row as wide as the longest conversation of the batch.
+
+    A conversation is never cut, and attends only to itself: without an attention mask transformers builds a block-diagonal one from
+    position ids that start again at 0. The set of conversations in an optimizer step, and so its gradient, is that of padding.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        packed: list[list[dict[str, list[int]]]] = []
+        room: list[int] = []
+        for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+            length = len(row["input_ids"])
+            fitting = [i for i, free in enumerate(room) if free >= length]
+            if not fitting:
+                packed.append([])
+                room.append(width)
+                fitting = [len(room) - 1]
+            packed[fitting[0]].append(row)
+            room[fitting[0]] -= length
+        input_ids, labels, position_ids = [], [], []
+        for group, free in zip(packed, room, strict=True):
+            input_ids.append([t for row in group for t in row["input_ids"]] + [self.pad_token_id] * free)
+            labels.append([t for row in group for t in row["labels"]] + [IGNORED] * free)
+            position_ids.append([i for row in group for i in range(len(row["input_ids"]))] + list(range(free)))
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def require_trained_stop_token(batch: dict[str, torch.Tensor], *, stop_token_id: int, pad_token_id: int) -> float:
+    """Check a packed batch as the trainer will really see it; returns the share of its tokens that is trained on.
 
     Raises:
-        ValueError: when nothing or everything is trained on, or a sequence's stop token is not.
+        ValueError: when nothing or everything is trained on, or a conversation's stop token is not.
     """
-    labels, real = batch["labels"], batch["attention_mask"].bool()
-    trained = labels != IGNORED
+    real = batch["input_ids"] != pad_token_id
+    trained = batch["labels"] != IGNORED
     share = (trained & real).sum().item() / real.sum().item()
     if not 0 < share < 1:
         raise ValueError(
@@ -50,13 +82,15 @@ def require_trained_stop_token(batch: dict[str, torch.Tensor], stop_token_id: in
         )
     if (trained & ~real).any():
         raise ValueError("padding is trained on; the tokenizer's pad token must be masked in the labels")
-    for row in range(labels.shape[0]):
-        last = int(real[row].nonzero()[-1])
-        if labels[row, last] != stop_token_id:
-            raise ValueError(
-                f"sequence {row} of the first batch does not train its stop token {stop_token_id} (last label {int(labels[row, last])}); the model would never "
-                "learn to end: check that the pad token differs from the stop token and that responses are not cut by max_tokens"
-            )
+    follows = torch.cat([batch["position_ids"][:, 1:], torch.zeros_like(batch["position_ids"][:, :1])], 1)
+    last_of_each = real & (follows == 0)  # the next token starts another conversation, padding or nothing
+    missed = last_of_each & (batch["labels"] != stop_token_id)
+    if missed.any():
+        row, column = (int(i) for i in missed.nonzero()[0])
+        raise ValueError(
+            f"a conversation of the first batch does not train its stop token {stop_token_id} (its last label is {int(batch['labels'][row, column])}); the model would never "
+            "learn to end: check that the pad token differs from the stop token and that responses are not cut by max_tokens"
+        )
     return share
 
 
@@ -66,8 +100,15 @@ def train(config: SFT, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Ex
     from trl import SFTConfig, SFTTrainer
 
     folder = Path(config.output_dir)
+    model = load_causal_lm(config.model.path, revision=config.model.revision, dtype=config.model.dtype)
+    model.config.use_cache = False  # with a cache, transformers would not look for packed conversations
+    pad_token_id, stop_token_id = (
+        int(tokenizer.convert_tokens_to_ids(tokenizer.pad_token)),
+        examples[0].response_ids[-1],
+    )
     trainer = SFTTrainer(
-        model=load_causal_lm(config.model.path, revision=config.model.revision, dtype=config.model.dtype),
+        model=model,
+        data_collator=PackingCollator(pad_token_id),
         args=SFTConfig(**trainer_arguments(config), max_length=None, packing=False),
         train_dataset=Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in examples]),
         processing_class=tokenizer,
@@ -75,12 +116,13 @@ def train(config: SFT, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Ex
     )
     trainer.remove_callback(PrinterCallback)
     first = next(iter(trainer.get_train_dataloader()))
-    share = require_trained_stop_token(first, examples[0].response_ids[-1])
+    share = require_trained_stop_token(first, stop_token_id=stop_token_id, pad_token_id=pad_token_id)
     say(f"{share:.0%} of the tokens are trained on, stop token included")
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
     if trainer.accelerator.is_main_process:
         # Not save_model, which adds a pickle of the training arguments.
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        trained.config.use_cache = True
         trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return {"loss": trainer.state.log_history[-1].get("train_loss", float("nan")), "trained_share": share}

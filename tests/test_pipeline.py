@@ -1,0 +1,85 @@
+"""The road end to end with the real parts: TRL, our loop, vLLM, `accelerate launch`. Long ones are marked slow."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+GSM8K = ROOT.parent / "shared/data/gsm8k"
+
+
+def run_pipeline(tmp_path, recipe, output_root, overrides):
+    """summary.json of a pipeline whose outputs all go under tmp_path, and what it printed."""
+    pipeline = yaml.safe_load((ROOT / recipe).read_text())
+    moved = [f"{output_root}/", f"{tmp_path}/"]
+    for stage in pipeline["stages"]:
+        loaded = subprocess.run(
+            [sys.executable, "-m", "rlhf.config", stage["recipe"]], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        resolved = yaml.safe_load(loaded.stdout.replace(*moved))
+        path = tmp_path / Path(stage["recipe"]).name
+        path.write_text(yaml.safe_dump(resolved))
+        stage["recipe"], stage["overrides"] = str(path), overrides.get(resolved["stage"], [])
+    pipeline["output_dir"] = f"{tmp_path}/pipeline"
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    done = subprocess.run(
+        [sys.executable, "scripts/run_pipeline.py", "--config", str(tmp_path / "pipeline.yaml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads((tmp_path / "pipeline/summary.json").read_text()), done.stdout
+
+
+def check_summary(summary, num_problems):
+    for model in ("sft", "grpo"):
+        estimate = summary["pass_at_1"][model]
+        assert estimate["n"] == num_problems
+        assert 0 <= estimate["low"] <= estimate["mean"] <= estimate["high"] <= 1
+    assert summary["paired_difference"].keys() == {"mean", "low", "high"}
+    assert 0 <= summary["reward_model_accuracy"] <= 1
+    assert summary["rollout_engine"] == "vllm"
+    assert 0 <= summary["max_kl_sampler"] < 0.05
+    assert summary["peak_memory_gb"] < 8
+    assert all(seconds > 0 for seconds in summary["seconds"].values())
+
+
+@pytest.mark.slow
+def test_the_demo_in_small_goes_through_every_stage_and_twice_to_the_same_numbers(tmp_path):
+    overrides = {
+        "prepare_data": [
+            "num_demonstrations=640",
+            "num_train_problems=100",
+            "num_test_problems=30",
+            "num_preference_pairs=160",
+        ],
+        "sft": ["training.num_steps=20"],
+        "reward_model": ["training.num_steps=5"],
+        "grpo": ["training.num_batches=2", "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4"],
+        "evaluate": ["rollout.samples_per_prompt=4"],
+    }
+    runs = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        runs.append(run_pipeline(tmp_path / name, "recipes/tiny/pipeline.yaml", "outputs/demo", overrides))
+    summary, printed = runs[0]
+    check_summary(summary, 30)
+    assert "paired difference in pass@1, grpo - sft" in printed
+    assert (tmp_path / "first/pipeline/summary.png").stat().st_size > 20_000
+    for key in ("pass_at_1", "paired_difference", "reward_model_accuracy", "max_kl_sampler"):
+        assert runs[1][0][key] == summary[key], f"the same seed gave another {key}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="needs ../shared/data/gsm8k")
+def test_real_gsm8k_text_goes_through_every_stage(tmp_path):
+    summary, _ = run_pipeline(tmp_path, "recipes/gsm8k/smoke/pipeline.yaml", "outputs/gsm8k-smoke", {})
+    check_summary(summary, 100)
+    records = json.loads((tmp_path / "data/run.json").read_text())["records"]
+    assert records["demonstrations"] == 7473
+    assert 8e6 < json.loads((tmp_path / "base/run.json").read_text())["num_parameters"] < 12e6
