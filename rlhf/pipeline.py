@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlhf.config import GRPO, Config, Evaluate, Pipeline, RewardModel, batch_arithmetic, load_config
 from rlhf.report import before_and_after, draw, evaluation_table
-from rlhf.run import Run, check_output_dir, finished, say, write_json
+from rlhf.run import DIE_WITH_PARENT, Run, check_output_dir, die_with_parent, finished, say, write_json
 
 
 def load_stages(config: Pipeline) -> list[tuple[Config, list[str]]]:
@@ -41,6 +42,7 @@ def load_stages(config: Pipeline) -> list[tuple[Config, list[str]]]:
 def run_pipeline(config: Pipeline, run: Run) -> None:
     """Run what is not finished, then write summary.json and a picture."""
     stages = load_stages(config)
+    threads = threads_per_rank(Path(config.accelerate_config))
     rerun = False
     for number, (stage, arguments) in enumerate(stages, 1):
         title = f"[{number}/{len(stages)}] {stage.stage}"
@@ -54,7 +56,6 @@ def run_pipeline(config: Pipeline, run: Run) -> None:
             )
         rerun = True
         say(f"{title}: {stage.script} {' '.join(arguments)}")
-        started = time.time()
         launch(
             [
                 sys.executable,
@@ -64,26 +65,32 @@ def run_pipeline(config: Pipeline, run: Run) -> None:
                 config.accelerate_config,
                 stage.script,
                 *arguments,
-            ]
+            ],
+            threads,
         )
-        say(f"{title}: done in {time.time() - started:.0f} s\n")
-        record = Path(stage.output_dir) / "wall_seconds"
-        record.write_text(f"{time.time() - started:.1f}\n")
+        done = finished(stage)
+        assert done is not None, f"{stage.script} ended well and left no {stage.output_dir}/run.json"
+        say(f"{title}: done in {done['seconds']:.0f} s\n")
     summary = summarise(run.folder, [stage for stage, _ in stages])
     run.finish(**summary)
 
 
-def launch(command: list[str]) -> None:
+def threads_per_rank(accelerate_config: Path) -> int:
+    """Cores shared evenly over the ranks of this machine; accelerate by itself would give each rank one thread."""
+    settings = yaml.safe_load(accelerate_config.read_text(encoding="utf-8"))
+    local_ranks = int(settings.get("num_processes", 1)) // int(settings.get("num_machines", 1))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))
+
+
+def launch(command: list[str], threads: int) -> None:
     """Run a stage as a child that never outlives this process.
 
     Raises:
         SystemExit: when it fails; its own output says why.
     """
-    child = subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))},
-        start_new_session=True,
-    )
+    environment = {**os.environ, DIE_WITH_PARENT: "1"}
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = child.wait()
@@ -95,7 +102,8 @@ def launch(command: list[str]) -> None:
         signal.signal(signal.SIGTERM, previous)
     if code:
         say(
-            f"the stage failed (exit code {code}); repair what it says above, then run the same command: finished stages are skipped and this one continues"
+            f"the stage failed (exit code {code}); repair what it says above, then run the same command: "
+            "finished stages are skipped and this one continues"
         )
         sys.exit(code if code > 0 else 1)
 
@@ -115,7 +123,7 @@ def summarise(folder: Path, stages: list[Config]) -> dict[str, Any]:
             summary["reward_model_accuracy"] = done["accuracy"]
         if isinstance(stage, GRPO):
             summary["rollout_engine"], summary["max_kl_sampler"] = done["rollout_engine"], done["max_kl_sampler"]
-    summary["seconds"] = {stage.stage: float((Path(stage.output_dir) / "wall_seconds").read_text()) for stage in stages}
+    summary["seconds"] = {name: done["seconds"] for name, done in results.items()}
     summary["peak_memory_gb"] = max(done["peak_memory_gb"] for done in results.values())
     write_json(folder / "summary.json", summary)
 

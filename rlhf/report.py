@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def evaluation_table(results: dict[str, Any]) -> str:
 
 
 def draw(metrics_file: Path, results: dict[str, Any], picture: Path) -> None:
-    """A PNG of the run: reward, accuracy, scratchpad length and KL over the steps; one problem before and after below."""
+    """A PNG of the run: reward, accuracy, scratchpad length and KL over the steps; three problems before and after below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,8 +52,9 @@ def draw(metrics_file: Path, results: dict[str, Any], picture: Path) -> None:
         ("rollout/length", "completion length (tokens)"),
         ("policy/kl_sampler", "KL sampler || trainer (nats per token)"),
     )
-    figure = plt.figure(figsize=(12, 10), layout="constrained")
-    grid = figure.add_gridspec(3, 2, height_ratios=(3, 3, 4))
+    shown = results["shown"][:3]
+    figure = plt.figure(figsize=(13, 8 + 2.6 * len(shown)), layout="constrained")
+    grid = figure.add_gridspec(2 + len(shown), 2, height_ratios=(4, 4, *(2.6 for _ in shown)))
     for i, (key, title) in enumerate(panels):
         axis = figure.add_subplot(grid[i // 2, i % 2])
         points = [(row["step"], row[key]) for row in rows if key in row]
@@ -73,30 +75,24 @@ def draw(metrics_file: Path, results: dict[str, Any], picture: Path) -> None:
                 )
                 axis.axhspan(estimate["low"], estimate["high"], color=color, alpha=0.15)
             axis.legend(loc="lower right", fontsize=9)
-    shown = results["shown"][:1]
-    for problem in shown:
-        question = problem["question"]
-        half = question.find(". On", len(question) // 2) + 1 or len(question)
-        figure.text(
-            0.03,
-            0.31,
-            question[:half] + "\n" + question[half:].strip(),
-            fontsize=11,
-            weight="bold",
-            va="top",
-            wrap=True,
-        )
-        for column, label in enumerate(results["models"]):
-            axis = figure.add_subplot(grid[2, column])
+    for row, problem in enumerate(shown, 2):
+        for column, label in enumerate(list(results["models"])[:2]):
+            axis = figure.add_subplot(grid[row, column])
             axis.axis("off")
+            question = (
+                "\n".join(textwrap.wrap(problem["question"], 90))
+                if column == 0
+                else f"reference: {problem['reference']}"
+            )
+            axis.text(0, 1, question, fontsize=9, weight="bold", va="top", transform=axis.transAxes)
+            written = "\n".join(problem[label].splitlines()[:10])
             axis.text(
-                0.02,
-                0.72,
-                f"{label} writes\n\n{problem[label]}",
-                fontsize=10,
+                0,
+                0.76,
+                f"{label} writes\n{written}",
+                fontsize=9,
                 family="monospace",
                 va="top",
-                wrap=True,
                 transform=axis.transAxes,
             )
     figure.savefig(picture, dpi=110)

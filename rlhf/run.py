@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import fcntl
 import json
 import logging
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -14,13 +17,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
+import psutil
 import yaml
 
 from rlhf.config import Config, batch_arithmetic, load_config, to_yaml
 
-RECIPE, FINISHED = "recipe.yaml", "run.json"
+RECIPE, FINISHED, LOCK = "recipe.yaml", "run.json", ".lock"
+DIE_WITH_PARENT = "SCRATCHPAD_DIE_WITH_PARENT"
 
 C = TypeVar("C", bound=Config)
 
@@ -81,12 +86,19 @@ def finished(config: Config) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its parent does, even when that one is killed outright."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """An output folder opened for writing."""
+    """An output folder opened for writing by this process alone."""
 
     folder: Path
-    started: float
+    lock: IO[str] | None = None
+    """Held open, and with it the lock, for as long as the run lives."""
 
     def finish(self, **results: Any) -> None:
         """Mark the stage finished; `results` are what later stages and the summary read."""
@@ -95,7 +107,7 @@ class Run:
                 self.folder / FINISHED,
                 {
                     **results,
-                    "seconds": round(time.time() - self.started, 1),
+                    "seconds": round(time.time() - psutil.Process().create_time(), 1),
                     "peak_memory_gb": peak_memory_gb(),
                     "git": git_revision(),
                 },
@@ -106,9 +118,16 @@ def open_run(config: Config) -> Run:
     check_output_dir(config)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if is_main_process() and not (folder / RECIPE).is_file():
+    if not is_main_process():
+        return Run(folder)
+    lock = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing to output_dir {folder}; wait for it or stop it") from None
+    if not (folder / RECIPE).is_file():
         (folder / RECIPE).write_text(to_yaml(config), encoding="utf-8")
-    return Run(folder, time.time())
+    return Run(folder, lock)
 
 
 def peak_memory_gb() -> float:
@@ -153,6 +172,8 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
 
     A fault of the user's is one sentence on stderr and exit code 2.
     """
+    if DIE_WITH_PARENT in os.environ:
+        die_with_parent()
     parser = argparse.ArgumentParser(description=config_class.__doc__)
     parser.add_argument("--config", required=True, metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")

@@ -56,7 +56,7 @@ def make_trainer(model_folder, renderer, demonstrations, tmp_path):
             reward_fn=reward_fn or count_of_a_token,
             probes=[Probe(p.token_ids, tuple(renderer.response_ids("1 + 2"))) for p in prompts[:2]],
             pad_token_id=renderer.tokenizer.pad_token_id,
-            run=Run(tmp_path / folder, 0.0),
+            run=Run(tmp_path / folder),
         )
 
     return make
