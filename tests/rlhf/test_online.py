@@ -194,7 +194,7 @@ def test_an_undecided_completion_takes_its_whole_group_out_and_is_never_a_zero(m
 
 
 def test_advantages_are_those_of_the_whole_group_before_truncated_completions_are_masked(make_trainer):
-    trainer = make_trainer("algorithm.truncated=mask")
+    trainer = make_trainer("algorithm.truncated=mask", "algorithm.scale_by_std=true")
     rollouts = [
         dataclasses.replace(r, finish_reason="length" if i == 0 else "stop") for i, r in enumerate(trainer.sample(0))
     ]
