@@ -23,7 +23,7 @@ def start(seed: int, *, max_grad_norm: float = 1.0) -> Accelerator:
     """
     # Without a GPU accelerate finds no backend under DeepSpeed and every rank believes it is alone.
     needs_gloo = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if needs_gloo else []
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if needs_gloo else []
     accelerator = Accelerator(kwargs_handlers=handlers)
     if accelerator.num_processes != num_ranks():
         raise RuntimeError(

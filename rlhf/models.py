@@ -49,7 +49,7 @@ def load_causal_lm(path: str, *, revision: str | None, dtype: Dtype) -> PreTrain
     Raises:
         ValueError: when the files lack a weight, which transformers would initialise at random.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         revision=revision,
         dtype=getattr(torch, dtype),
@@ -58,6 +58,7 @@ def load_causal_lm(path: str, *, revision: str | None, dtype: Dtype) -> PreTrain
         attn_implementation="sdpa",
         output_loading_info=True,
     )
+    model, info = loaded
     if info["missing_keys"]:
         raise ValueError(
             f"{path} lacks {', '.join(sorted(info['missing_keys'])[:5])}; weights initialised at random would be trained or sampled from: save the whole model there"

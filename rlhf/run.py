@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 import psutil
 import yaml
 
-from rlhf.config import Config, batch_arithmetic, load_config, to_yaml
+from rlhf.config import Config, Pipeline, batch_arithmetic, load_config, to_yaml
 
 RECIPE, FINISHED, LOCK = "recipe.yaml", "run.json", ".lock"
 DIE_WITH_PARENT = "SCRATCHPAD_DIE_WITH_PARENT"
@@ -188,7 +188,7 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
                 f"{arguments.config} is a recipe for the stage {config.stage}; run {config.script} with it"
             )
         check_output_dir(config)
-        if finished(config) is not None:
+        if finished(config) is not None and not isinstance(config, Pipeline):  # a pipeline looks at its stages
             say(f"{config.output_dir} holds this very run, finished; delete it to run again")
             return
         rows = batch_arithmetic(config, num_ranks())

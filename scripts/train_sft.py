@@ -29,7 +29,8 @@ def train_sft(config: SFT, run: Run) -> None:
     say(
         f"{len(kept):,} demonstrations, {len(examples) - len(kept):,} left out as longer than max_tokens {config.max_tokens}"
     )
-    run.finish(**train(config, tokenizer, kept), num_demonstrations=len(kept), num_too_long=len(examples) - len(kept))
+    figures = train(config, tokenizer, kept, pad_token_id=renderer.pad_token_id)
+    run.finish(**figures, num_demonstrations=len(kept), num_too_long=len(examples) - len(kept))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ def require_trained_stop_token(batch: dict[str, torch.Tensor], *, stop_token_id:
     return share
 
 
-def train(config: SFT, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> dict[str, float]:
+def train(
+    config: SFT, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, pad_token_id: int
+) -> dict[str, float]:
     """Train and save model and tokenizer in `output_dir`; returns the final figures."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -102,10 +104,6 @@ def train(config: SFT, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Ex
     folder = Path(config.output_dir)
     model = load_causal_lm(config.model.path, revision=config.model.revision, dtype=config.model.dtype)
     model.config.use_cache = False  # with a cache, transformers would not look for packed conversations
-    pad_token_id, stop_token_id = (
-        int(tokenizer.convert_tokens_to_ids(tokenizer.pad_token)),
-        examples[0].response_ids[-1],
-    )
     trainer = SFTTrainer(
         model=model,
         data_collator=PackingCollator(pad_token_id),
@@ -116,7 +114,7 @@ def train(config: SFT, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Ex
     )
     trainer.remove_callback(PrinterCallback)
     first = next(iter(trainer.get_train_dataloader()))
-    share = require_trained_stop_token(first, stop_token_id=stop_token_id, pad_token_id=pad_token_id)
+    share = require_trained_stop_token(first, stop_token_id=examples[0].response_ids[-1], pad_token_id=pad_token_id)
     say(f"{share:.0%} of the tokens are trained on, stop token included")
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
     if trainer.accelerator.is_main_process:

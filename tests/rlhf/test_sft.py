@@ -114,7 +114,9 @@ def test_a_step_of_sft_with_accumulation_equals_one_without(examples, renderer, 
             f"training.micro_batch_size={micro}", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.0001", "optimizer.schedule=constant",
         ]  # fmt: skip
         (tmp_path / str(micro)).mkdir()
-        result = train(load_config(RECIPE, overrides), renderer.tokenizer, examples[:64])
+        result = train(
+            load_config(RECIPE, overrides), renderer.tokenizer, examples[:64], pad_token_id=renderer.pad_token_id
+        )
         assert 0 < result["trained_share"] < 1
         weights[micro] = load_file(tmp_path / str(micro) / "model.safetensors")
     start = load_file(Path(model_folder) / "model.safetensors")
