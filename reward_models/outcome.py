@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.config import RewardModel
 from rlhf.run import write_json
-from rlhf.trainers.arguments import LogLines, last_checkpoint, trainer_arguments
+from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 from rlhf.types import Rollout
 
 STATISTICS = "reward_statistics.json"
@@ -120,8 +120,7 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
         processing_class=tokenizer,
         callbacks=[LogLines(Path(config.output_dir) / "metrics.jsonl")],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
+    run_trainer(trainer, config)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     judge = OutcomeModel(trained.eval(), tokenizer.pad_token_id, 0.0, 1.0)
     chosen = judge.raw_scores([p.chosen_ids for p in heldout_pairs], batch_size=64)

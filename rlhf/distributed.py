@@ -21,14 +21,12 @@ def start(seed: int, *, max_grad_norm: float = 1.0) -> Accelerator:
     Raises:
         ValueError: for a set-up the loop does not support yet.
     """
-    # Without a GPU accelerate finds no backend under DeepSpeed and every rank believes it is alone.
-    needs_gloo = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
-    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if needs_gloo else []
-    accelerator = Accelerator(kwargs_handlers=handlers)
-    if accelerator.num_processes != num_ranks():
-        raise RuntimeError(
-            f"accelerate sees {accelerator.num_processes} ranks but {num_ranks()} were launched; check the accelerate configuration"
-        )
+    # On CPU ranks accelerate must be told, or every rank believes it is alone: cpu=True, under DeepSpeed the backend.
+    on_cpu_ranks = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if on_cpu_ranks and deepspeed else []
+    accelerator = Accelerator(cpu=on_cpu_ranks and not deepspeed, kwargs_handlers=handlers)
+    require_all_ranks(accelerator)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         if plugin.zero_stage == 3:
@@ -47,6 +45,20 @@ def start(seed: int, *, max_grad_norm: float = 1.0) -> Accelerator:
         )
     set_seed(seed)
     return accelerator
+
+
+def require_all_ranks(accelerator: Accelerator) -> None:
+    """Check that the ranks that were launched know of each other.
+
+    Raises:
+        RuntimeError: when they do not; each would train a model of its own.
+    """
+    alone = accelerator.distributed_type == DistributedType.NO and num_ranks() > 1
+    if alone or accelerator.num_processes != num_ranks():
+        raise RuntimeError(
+            f"{num_ranks()} ranks were launched, but accelerate sees {accelerator.num_processes} of them and calls them "
+            f"{accelerator.distributed_type}: gradients would not be shared; check the accelerate configuration against recipes/accelerate/"
+        )
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

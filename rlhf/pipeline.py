@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rlhf.config import GRPO, Config, Evaluate, Pipeline, RewardModel, batch_arithmetic, load_config
-from rlhf.report import before_and_after, draw, evaluation_table
+from rlhf.report import draw, headline
 from rlhf.run import DIE_WITH_PARENT, Run, check_output_dir, die_with_parent, finished, say, write_json
 
 
@@ -109,7 +109,7 @@ def launch(command: list[str], threads: int) -> None:
 
 
 def summarise(folder: Path, stages: list[Config]) -> dict[str, Any]:
-    """summary.json, the picture and the tables, from what the stages left."""
+    """summary.json, the picture and the headline, from what the stages left."""
     results = {stage.stage: finished(stage) or {} for stage in stages}
     summary: dict[str, Any] = {}
     for stage in stages:
@@ -130,10 +130,14 @@ def summarise(folder: Path, stages: list[Config]) -> dict[str, Any]:
     grpo = next((stage for stage in stages if isinstance(stage, GRPO)), None)
     evaluation = results.get("evaluate")
     if evaluation:
-        say(before_and_after(evaluation))
-        say("\n" + evaluation_table(evaluation))
+        say(headline(evaluation))
     if grpo and evaluation:
-        draw(Path(grpo.output_dir) / "metrics.jsonl", evaluation, folder / "summary.png")
-        say(f"\npicture: {folder / 'summary.png'}")
+        draw(
+            Path(grpo.output_dir) / "metrics.jsonl",
+            evaluation,
+            folder / "summary.png",
+            max_kl_sampler=grpo.guards.max_kl_sampler,
+        )
+        say(f"picture: {folder / 'summary.png'}")
     say(f"summary: {folder / 'summary.json'}")
     return summary

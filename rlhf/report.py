@@ -14,6 +14,13 @@ def show_estimate(e: dict[str, float], *, signed: bool = False) -> str:
     return f"{e['mean']:{form}} [{e['low']:{form}}, {e['high']:{form}}]"
 
 
+def headline(results: dict[str, Any]) -> str:
+    """The evaluation in one line."""
+    models = ", ".join(f"{label} {show_estimate(model['pass_at_1'])}" for label, model in results["models"].items())
+    difference = results["paired_difference"]
+    return f"pass@1: {models}" + (f"; paired difference {show_estimate(difference, signed=True)}" if difference else "")
+
+
 def evaluation_table(results: dict[str, Any]) -> str:
     """All figures of an evaluation as lines of text."""
     models = results["models"]
@@ -38,8 +45,15 @@ def evaluation_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, note])
 
 
-def draw(metrics_file: Path, results: dict[str, Any], picture: Path) -> None:
-    """A PNG of the run: reward, accuracy, scratchpad length and KL over the steps; three problems before and after below."""
+def draw(metrics_file: Path, results: dict[str, Any], picture: Path, *, max_kl_sampler: float) -> None:
+    """A PNG of the run: reward, accuracy, scratchpad length and KL over the steps; three problems before and after below.
+
+    Args:
+        metrics_file: of the online stage.
+        results: of the evaluation.
+        picture: where to.
+        max_kl_sampler: the bound at which the run would have stopped, in nats per token.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,6 +76,10 @@ def draw(metrics_file: Path, results: dict[str, Any], picture: Path) -> None:
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
+        if key == "policy/kl_sampler":
+            axis.set_yscale("log")  # what matters is how far below the bound it stays
+            axis.axhline(max_kl_sampler, color="tab:red", linestyle="--", linewidth=1.2, label="the run stops here")
+            axis.legend(loc="center right", fontsize=9)
         if key == "reward/correctness":
             axis.set_ylim(0, 1.02)
             for (label, model), color in zip(results["models"].items(), ("tab:gray", "tab:green"), strict=False):
@@ -84,17 +102,21 @@ def draw(metrics_file: Path, results: dict[str, Any], picture: Path) -> None:
                 if column == 0
                 else f"reference: {problem['reference']}"
             )
-            axis.text(0, 1, question, fontsize=9, weight="bold", va="top", transform=axis.transAxes)
             written = "\n".join(problem[label].splitlines()[:10])
-            axis.text(
-                0,
-                0.76,
-                f"{label} writes\n{written}",
-                fontsize=9,
-                family="monospace",
-                va="top",
-                transform=axis.transAxes,
-            )
+            texts = [
+                axis.text(0, 1, question, fontsize=9, weight="bold", va="top", transform=axis.transAxes),
+                axis.text(
+                    0,
+                    0.76,
+                    f"{label} writes\n{written}",
+                    fontsize=9,
+                    family="monospace",
+                    va="top",
+                    transform=axis.transAxes,
+                ),
+            ]
+            for text in texts:
+                text.set_in_layout(False)  # long lines must not squeeze the curves
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dis
 import fcntl
 import json
 import logging
@@ -115,11 +116,11 @@ class Run:
 
 
 def open_run(config: Config) -> Run:
-    check_output_dir(config)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if not is_main_process():
         return Run(folder)
+    check_output_dir(config)
     lock = (folder / LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,13 +156,14 @@ def format_table(rows: list[tuple[str, str]]) -> str:
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether this project's own code raised it: then it is a sentence for the user, else a fault with a traceback worth seeing."""
+    """Whether a `raise` of this project's own code made it: then it is a sentence for the user, else a fault with a traceback worth seeing."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     root = Path(__file__).resolve().parents[1]
     return (
         frame is not None
+        and dis.opname[frame.tb_frame.f_code.co_code[frame.tb_lasti]] == "RAISE_VARARGS"
         and Path(frame.tb_frame.f_code.co_filename).resolve().parent.is_relative_to(root)
         and ".venv" not in frame.tb_frame.f_code.co_filename
     )
@@ -179,7 +181,8 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once: no news
+    for no_news in ("accelerate.utils.other", "torch._library.triton"):  # tied weights saved once; no Triton on a CPU
+        logging.getLogger(no_news).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -187,7 +190,8 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
             raise ValueError(
                 f"{arguments.config} is a recipe for the stage {config.stage}; run {config.script} with it"
             )
-        check_output_dir(config)
+        if is_main_process():  # the others would see its first files there
+            check_output_dir(config)
         if finished(config) is not None and not isinstance(config, Pipeline):  # a pipeline looks at its stages
             say(f"{config.output_dir} holds this very run, finished; delete it to run again")
             return
@@ -198,6 +202,6 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
     except ValueError as error:
         if not raised_by_us(error):
             raise
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = "" if is_main_process() else f" on rank {os.environ['RANK']}"
+        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

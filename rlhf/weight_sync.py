@@ -30,6 +30,8 @@ class Freshness:
     """Engine against the trainer's weights at the sync before."""
     moved: float
     """The trainer's weights now against those at the sync before."""
+    level: float
+    """Mean log-probability by the trainer's weights: the same on every rank, or the ranks train different models."""
 
 
 class WeightSync:
@@ -75,6 +77,7 @@ class WeightSync:
             error=(engine - current).abs().mean().item(),
             stale_error=(engine - self._previous).abs().mean().item(),
             moved=(current - self._previous).abs().mean().item(),
+            level=current.mean().item(),
         )
         kept_old = freshness.stale_error < freshness.moved / 4 and freshness.error > freshness.moved / 2
         if freshness.error > self._tolerance or kept_old:

@@ -11,7 +11,7 @@ from rlhf.config import Evaluate, Model
 from rlhf.distributed import gather, start
 from rlhf.evaluation import GradedProblem, compare, summarise
 from rlhf.models import check_model_path, load_tokenizer
-from rlhf.report import evaluation_table
+from rlhf.report import before_and_after, evaluation_table
 from rlhf.rollout.engine import build_engine, require_prompts_fit
 from rlhf.run import Run, run_stage, say, write_json
 
@@ -45,7 +45,7 @@ def evaluate(config: Evaluate, run: Run) -> None:
     }
     if accelerator.is_main_process:
         write_json(run.folder / "results.json", results)
-    say(evaluation_table(results))
+    say(f"\n{before_and_after(results)}\n\n{evaluation_table(results)}")
     run.finish(**results)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,28 +29,35 @@ def records(tmp_path_factory):
     return folder
 
 
-def launch(accelerate_config, num_ranks, model_folder, records, output_dir, *overrides):
-    """metrics rows and final weights of a short GRPO run."""
+def launch(accelerate_config, num_ranks, stage, output_dir, *overrides):
+    """metrics rows and final weights of a short run of a tiny recipe."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", ROOT / f"recipes/accelerate/{accelerate_config}.yaml", "--num_processes", str(num_ranks), "--main_process_port", "0",
-        ROOT / "scripts/train_grpo.py", "--config", ROOT / "recipes/tiny/grpo.yaml", f"output_dir={output_dir}",
-        f"policy.path={model_folder}", f"problems={records}/problems.jsonl", f"demonstrations={records}/demonstrations.jsonl",
-        "rewards=[{name: correctness}, {name: length}]", "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4",
-        "rollout.max_prompt_tokens=120", "training.num_batches=2", "rollout.kv_cache_gb=1", *overrides,
+        ROOT / f"scripts/train_{stage}.py", "--config", ROOT / f"recipes/tiny/{stage}.yaml", f"output_dir={output_dir}", *overrides,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(rf"ranks +{num_ranks}\n", done.stdout)  # accelerate may start fewer than it was told
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return rows, load_file(output_dir / "model.safetensors")
 
 
+def grpo(accelerate_config, model_folder, records, output_dir, *overrides):
+    return launch(
+        accelerate_config, 2, "grpo", output_dir,
+        f"policy.path={model_folder}", f"problems={records}/problems.jsonl", f"demonstrations={records}/demonstrations.jsonl",
+        "rewards=[{name: correctness}, {name: length}]", "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4",
+        "rollout.max_prompt_tokens=120", "training.num_batches=2", "rollout.kv_cache_gb=1", *overrides,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_zero_2_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, records, tmp_path):
-    rows, weights = launch("zero2_cpu", 2, model_folder, records, tmp_path / "run", "rollout.engine=vllm")
+    rows, weights = grpo("zero2_cpu", model_folder, records, tmp_path / "run", "rollout.engine=vllm")
     start = load_file(Path(model_folder) / "model.safetensors")
     assert any(not torch.equal(start[name], weights[name]) for name in start)
     assert [row["step"] for row in rows] == [2, 4]
@@ -61,14 +69,31 @@ def test_zero_2_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_fold
 
 @pytest.mark.slow
 def test_an_odd_number_of_micro_batches_on_one_rank_does_not_dead_lock(model_folder, records, tmp_path):
-    # one sequence per micro-batch: as many passes as sequences with signal, which differ between the ranks
-    rows, _ = launch(
+    # two or three sequences per micro-batch: the ranks need different numbers of passes
+    rows, _ = grpo(
         "ddp_cpu",
-        2,
         model_folder,
         records,
         tmp_path / "run",
         "rollout.engine=transformers",
-        "training.tokens_per_micro_batch=210",
+        "training.tokens_per_micro_batch=216",
     )
     assert [row["step"] for row in rows] == [2, 4]
+
+
+@pytest.mark.slow
+def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, records, tmp_path):
+    runs = {}
+    for accelerate_config, ranks in (("single", 1), ("ddp_cpu", 2), ("zero2_cpu", 2)):
+        runs[accelerate_config] = launch(
+            accelerate_config, ranks, "sft", tmp_path / accelerate_config, f"model.path={model_folder}", "max_tokens=400",
+            f"demonstrations={records}/demonstrations.jsonl", "training.num_steps=4", "training.micro_batch_size=8", "training.log_every=1",
+            "optimizer.warmup_steps=1",
+        )  # fmt: skip
+    rows, weights = runs.pop("single")
+    for other_rows, other_weights in runs.values():
+        for row, other in zip(rows, other_rows, strict=True):
+            assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
+            assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-3)
+        for name, weight in weights.items():
+            torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-4)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from rlhf.config import SFT, RewardModel
+from rlhf.distributed import require_all_ranks
 from rlhf.metrics import append_jsonl
 from rlhf.run import num_ranks, say
 
@@ -49,6 +50,13 @@ def last_checkpoint(output_dir: str) -> str | None:
     """Newest checkpoint of an interrupted stage that transformers wrote whole."""
     found = [p for p in (Path(output_dir) / "trainer").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+
+
+def run_trainer(trainer: Any, config: SFT | RewardModel) -> None:
+    """Train from the newest checkpoint, if there is one, on all the ranks that were launched."""
+    require_all_ranks(trainer.accelerator)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
 
 
 class LogLines(TrainerCallback):

@@ -178,6 +178,7 @@ class OnlineTrainer:
                 self.update(experience, metrics)
             with self._timed(metrics, "sync"):
                 freshness = self.sync.push(policy_version=self.policy_version)
+            self._require_one_policy(freshness.level)
             metrics.add("sync/error", total=freshness.error, count=1)
             row = {
                 "batch": batch + 1,
@@ -378,6 +379,14 @@ class OnlineTrainer:
                 f"policy/kl_sampler is {kl:.3g} nats per token, above guards.max_kl_sampler {bound:g}: the engine that samples is not the policy "
                 "that is trained. Look at sync/error in metrics.jsonl (stale weights), at rollout.temperature, at rollout.dtype against the "
                 "trainer's, and for MoE models at router disagreement"
+            )
+
+    def _require_one_policy(self, level: float) -> None:
+        levels = gather(self.accelerator, [level])
+        if max(levels) - min(levels) > 1e-5:
+            raise RuntimeError(
+                f"the ranks hold different policies: the mean log-probability of the same tokens is {min(levels):.6f} on one and {max(levels):.6f} on "
+                "another after the same steps, so gradients were not shared; check the accelerate configuration against recipes/accelerate/"
             )
 
     def _require_finite(self, loss: Tensor) -> None:

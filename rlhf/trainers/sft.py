@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import SFT
 from rlhf.models import load_causal_lm
 from rlhf.run import say
-from rlhf.trainers.arguments import LogLines, last_checkpoint, trainer_arguments
+from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 
 IGNORED = -100
 
@@ -112,11 +112,10 @@ def train(
         processing_class=tokenizer,
         callbacks=[LogLines(folder / "metrics.jsonl")],
     )
-    trainer.remove_callback(PrinterCallback)
     first = next(iter(trainer.get_train_dataloader()))
     share = require_trained_stop_token(first, stop_token_id=examples[0].response_ids[-1], pad_token_id=pad_token_id)
     say(f"{share:.0%} of the tokens are trained on, stop token included")
-    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
+    run_trainer(trainer, config)
     if trainer.accelerator.is_main_process:
         # Not save_model, which adds a pickle of the training arguments.
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)

@@ -275,6 +275,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(make_traine
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
 
 
+def test_ranks_that_drift_apart_stop_the_run(monkeypatch, make_trainer):
+    trainer = make_trainer()
+    monkeypatch.setattr("rlhf.trainers.online.gather", lambda _, levels: [*levels, levels[0] + 1e-3])
+    with pytest.raises(RuntimeError, match="different policies"):
+        trainer._require_one_policy(-2.0)
+
+
 def test_rollouts_of_another_policy_version_are_refused(make_trainer):
     trainer = make_trainer()
     trainer.policy_version = 3
