@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from rlhf.config import RewardModel
 from rlhf.run import write_json
@@ -102,6 +102,7 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
     tokenizer = AutoTokenizer.from_pretrained(
         config.model.path, revision=config.model.revision, trust_remote_code=False
     )
+    set_seed(config.seed)  # the new head is drawn while loading
     model = AutoModelForSequenceClassification.from_pretrained(
         config.model.path,
         revision=config.model.revision,

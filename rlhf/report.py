@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from rlhf.metrics import read_jsonl
 def show_estimate(e: dict[str, float], *, signed: bool = False) -> str:
     form = "+.3f" if signed else ".3f"
     return f"{e['mean']:{form}} [{e['low']:{form}}, {e['high']:{form}}]"
+
+
+def printable(text: str) -> str:
+    """Model output without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -98,13 +104,15 @@ def draw(metrics_file: Path, results: dict[str, Any], picture: Path, *, max_kl_s
             axis = figure.add_subplot(grid[row, column])
             axis.axis("off")
             question = (
-                "\n".join(textwrap.wrap(problem["question"], 90))
+                "\n".join(textwrap.wrap(problem["question"], 78))
                 if column == 0
                 else f"reference: {problem['reference']}"
             )
-            written = "\n".join(problem[label].splitlines()[:10])
+            written = "\n".join(printable(problem[label]).split("\n")[:10])
             texts = [
-                axis.text(0, 1, question, fontsize=9, weight="bold", va="top", transform=axis.transAxes),
+                axis.text(
+                    0, 1, question, fontsize=9, weight="bold", va="top", transform=axis.transAxes, parse_math=False
+                ),
                 axis.text(
                     0,
                     0.76,
@@ -113,11 +121,14 @@ def draw(metrics_file: Path, results: dict[str, Any], picture: Path, *, max_kl_s
                     family="monospace",
                     va="top",
                     transform=axis.transAxes,
+                    parse_math=False,
                 ),
             ]
             for text in texts:
                 text.set_in_layout(False)  # long lines must not squeeze the curves
-    figure.savefig(picture, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # untrained models write anything
+        figure.savefig(picture, dpi=110)
     plt.close(figure)
 
 
@@ -125,9 +136,9 @@ def before_and_after(results: dict[str, Any]) -> str:
     """The shown problems with every model's first sample."""
     parts = []
     for problem in results["shown"]:
-        lines = [f"Q  {problem['question']}", f"   reference: {problem['reference']}"]
+        lines = [f"Q  {printable(problem['question'])}", f"   reference: {problem['reference']}"]
         for label in results["models"]:
-            written = problem[label].replace("\n", "\n" + " " * 8)
+            written = printable(problem[label]).replace("\n", "\n" + " " * 8)
             lines.append(f"   {label}:\n        {written}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

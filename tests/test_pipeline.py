@@ -22,7 +22,7 @@ def run_pipeline(tmp_path, recipe, output_root, overrides):
         )
         resolved = yaml.safe_load(loaded.stdout.replace(*moved))
         path = tmp_path / Path(stage["recipe"]).name
-        path.write_text(yaml.safe_dump(resolved))
+        path.write_text(yaml.safe_dump(resolved, sort_keys=False))
         stage["recipe"], stage["overrides"] = str(path), overrides.get(resolved["stage"], [])
     pipeline["output_dir"] = f"{tmp_path}/pipeline"
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
@@ -73,6 +73,8 @@ def test_the_demo_in_small_goes_through_every_stage_and_twice_to_the_same_number
     assert (tmp_path / "first/pipeline/summary.png").stat().st_size > 20_000
     for key in ("pass_at_1", "paired_difference", "reward_model_accuracy", "max_kl_sampler"):
         assert runs[1][0][key] == summary[key], f"the same seed gave another {key}"
+    weights = [(tmp_path / name / "grpo/model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
