@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +31,57 @@ def headline(results: dict[str, Any]) -> str:
 def evaluation_table(results: dict[str, Any]) -> str:
     """All figures of an evaluation as lines of text."""
     models = results["models"]
-    rows: list[tuple[str, ...]] = [("", *models)]
-    rows.append(("pass@1", *(show_estimate(m["pass_at_1"]) for m in models.values())))
-    first = next(iter(models.values()))
-    rows += [(f"pass@{k}", *(show_estimate(m["pass_at_k"][k]) for m in models.values())) for k in first["pass_at_k"]]
-    rows.append((f"maj@{first['majority']['k']}", *(show_estimate(m["majority"]) for m in models.values())))
-    if len(first["by_level"]) > 1:
-        rows += [
-            (f"level {level}", *(show_estimate(m["by_level"][level]) for m in models.values()))
-            for level in first["by_level"]
-        ]
-    rows.append(("mean length", *(f"{m['mean_length']:.1f} tokens" for m in models.values())))
-    rows.append(("truncated", *(f"{m['truncated_share']:.1%}" for m in models.values())))
-    rows.append(("undecided", *(f"{m['undecided_problems']} problems" for m in models.values())))
+    rows = [("", *models)] + [
+        (label, *(of(m) for m in models.values())) for label, of in figures(next(iter(models.values())))
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    first = next(iter(models.values()))
     note = f"95 % intervals over {first['pass_at_1']['n']} problems, {first['samples_per_problem']} samples each, {results['rollout_engine']} engine"
     if results["paired_difference"]:
-        note += f"\npaired difference in pass@1, {list(models)[-1]} - {next(iter(models))}: {show_estimate(results['paired_difference'], signed=True)}"
+        difference = results["paired_difference"]
+        note += f"\npaired difference in pass@1, {list(models)[-1]} - {next(iter(models))}: {show_estimate(difference, signed=True)}"
+        note += f"\n{show_test(difference)}"
     return "\n".join([*lines, note])
+
+
+def show_test(difference: dict[str, Any]) -> str:
+    """The permutation test and the power of a comparison in one line."""
+    detectable = difference["detectable"]
+    seen = "" if detectable is None else f"; smallest difference seen 4 times in 5: {detectable:.3f}"
+    return f"p = {difference['p_value']:.2g} ({difference['p_value_method']}; sign-flip permutation){seen}"
+
+
+def figures(model: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """(name, how it is shown) of every figure that a model's summary has."""
+
+    def estimate(*path: str) -> Callable[[dict[str, Any]], str]:
+        def shown(summary: dict[str, Any]) -> str:
+            found: Any = summary
+            for key in path:
+                found = found.get(key) if found else None
+            return show_estimate(found) if found else "-"
+
+        return shown
+
+    k = model["samples_per_problem"]
+    rows = [("pass@1", estimate("pass_at_1"))]
+    rows += [(f"pass@{j}", estimate("pass_at_k", j)) for j in model["pass_at_k"]]
+    rows.append((f"maj@{k}", estimate("majority")))
+    if model["weighted_majority"]:
+        rows.append((f"weighted maj@{k}", estimate("weighted_majority")))
+    for split, name in (("by_level", "level"), ("by_subject", "")):
+        if len(model[split]) > 1:
+            rows += [(f"{name} {printable(group)}".strip(), estimate(split, group)) for group in model[split]]
+    for variant in model.get("robustness", {}).get("variants", ()):
+        rows.append((variant, estimate("robustness", "variants", variant, "accuracy")))
+    if model.get("robustness"):
+        rows.append(("worst variant", estimate("robustness", "worst")))
+        rows.append(("  by chance", lambda m: f"{m['robustness']['worst_by_chance'] or 0:.3f}"))
+    rows.append(("mean length", lambda m: f"{m['mean_length']:.1f} tokens"))
+    rows.append(("truncated", lambda m: f"{m['truncated_share']:.1%}"))
+    rows.append(("undecided", lambda m: f"{m['undecided_share']:.1%} in {m['undecided_problems']} problems"))
+    return rows
 
 
 def draw(metrics_file: Path, results: dict[str, Any], picture: Path, *, max_kl_sampler: float) -> None:

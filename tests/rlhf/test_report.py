@@ -32,10 +32,12 @@ def results(written):
 
 def test_the_table_shows_every_figure_with_its_interval():
     table = evaluation_table(results("x"))
-    assert "pass@1       0.500 [0.500, 0.500]  1.000 [1.000, 1.000]" in table
+    assert "pass@1       0.500 [0.065, 0.935]  1.000 [0.139, 1.000]" in table
     assert "mean length  4.0 tokens            4.0 tokens" in table
     assert "truncated    50.0%                 50.0%" in table
+    assert "undecided    0.0% in 0 problems" in table
     assert "paired difference in pass@1, grpo - sft: +0.500 [+0.500, +0.500]" in table
+    assert "p = 0.25 (exact, dynamic programming; sign-flip permutation)" in table
 
 
 def test_control_characters_of_a_model_never_reach_the_terminal():
