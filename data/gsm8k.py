@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from data.chat import render_response
-from data.records import Demonstration, LabelledSteps, PreferencePair, Prepared, Problem
+from data.records import AnyRecord, Demonstration, LabelledSteps, PreferencePair, Prepared, Problem
+from data.sources import Convert, Source
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
@@ -21,16 +23,24 @@ def read_gsm8k(split: str, *, path: str | None, revision: str) -> Iterator[tuple
         ValueError: naming file and line of a row that is not as the source has it.
     """
     for origin, row in _rows(split, path=path, revision=revision):
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("question"), str)
-            or not isinstance(row.get("answer"), str)
-        ):
-            raise ValueError(f"{origin}: expected an object with the texts 'question' and 'answer'")
-        scratchpad, marker, answer = row["answer"].rpartition("####")
-        if not marker or not answer.strip():
-            raise ValueError(f"{origin}: 'answer' has no '#### number' at its end")
-        yield row["question"].strip(), _CALCULATOR.sub("", scratchpad).strip(), answer.strip().replace(",", "")
+        try:
+            yield parse_row(row)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from None
+
+
+def parse_row(row: object) -> tuple[str, str, str]:
+    """(question, scratchpad, answer), calculator marks and thousands separators removed.
+
+    Raises:
+        ValueError: when the row is not as the source has it.
+    """
+    if not isinstance(row, Mapping) or not all(isinstance(row.get(name), str) for name in ("question", "answer")):
+        raise ValueError("expected an object with the texts 'question' and 'answer'")
+    scratchpad, marker, answer = row["answer"].rpartition("####")
+    if not marker or not answer.strip():
+        raise ValueError("'answer' has no '#### number' at its end")
+    return row["question"].strip(), _CALCULATOR.sub("", scratchpad).strip(), answer.strip().replace(",", "")
 
 
 def _rows(split: str, *, path: str | None, revision: str) -> Iterator[tuple[str, object]]:
@@ -51,6 +61,33 @@ def _rows(split: str, *, path: str | None, revision: str) -> Iterator[tuple[str,
                 yield f"{file}:{number}", json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{file}:{number}: {error}") from None
+
+
+def to_problem(row: Mapping[str, Any], key: str) -> list[Problem]:
+    question, scratchpad, answer = parse_row(row)
+    return [Problem(id=key, question=question, answer=answer, solution=scratchpad)]
+
+
+def to_demonstration(row: Mapping[str, Any], key: str) -> list[Demonstration]:
+    question, scratchpad, answer = parse_row(row)
+    return [Demonstration(id=key, question=question, scratchpad=scratchpad, answer=answer)]
+
+
+def _source(name: str, kind: type[AnyRecord], convert: Convert) -> Source:
+    return Source(
+        name=name,
+        kind=kind,
+        convert=convert,
+        licence="MIT",
+        files={split: (f"{split}.jsonl", f"main/{split}-*.parquet") for split in ("train", "test")},
+        repository="openai/gsm8k",
+        revision="740312add88f781978c0658806c59bc2815b9866",
+        note=", or grade_school_math/data of openai/grade-school-math on GitHub",
+    )
+
+
+GSM8K = _source("gsm8k", Problem, to_problem)
+GSM8K_SOLUTIONS = _source("gsm8k_solutions", Demonstration, to_demonstration)
 
 
 def spoil(rng: random.Random, scratchpad: str, answer: str) -> tuple[int, str, str]:

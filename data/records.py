@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+
+from data.files import Unreadable, read_rows, slices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,18 @@ class Problem:
     answer: str
     level: int = 0
     """Difficulty as the source grades it; 0 where it does not."""
+    subject: str = ""
+    """Field as the source names it; empty where it does not."""
+    solution: str = ""
+    """A worked solution, as the source has it."""
+    pass_rate: float | None = None
+    """Share of a policy's samples that were correct; None where it was not measured."""
+
+    def __post_init__(self) -> None:
+        if not self.answer.strip():
+            raise ValueError("field 'answer' is empty")
+        if self.pass_rate is not None and not 0 <= self.pass_rate <= 1:
+            raise ValueError(f"field 'pass_rate' must be between 0 and 1, got {self.pass_rate}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +44,18 @@ class Demonstration:
     question: str
     scratchpad: str
     answer: str
+    response: str = ""
+    """What the assistant says, verbatim; empty where it is to be rendered from scratchpad and answer."""
+    history: list[str] = field(default_factory=list)
+    """Earlier turns, the user's and the assistant's alternating."""
+    system: str = ""
+    """A system prompt of the conversation's own."""
+    subject: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.answer.strip() and not self.response.strip():
+            raise ValueError("field 'answer' is empty")
+        _check_history(self.history)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +68,13 @@ class PreferencePair:
     rejected: str
     error_step: int = -1
     """Index of the first wrong step of `rejected`; -1 where unknown."""
+    history: list[str] = field(default_factory=list)
+    """Earlier turns, the user's and the assistant's alternating."""
+    system: str = ""
+    """A system prompt of the conversation's own."""
+
+    def __post_init__(self) -> None:
+        _check_history(self.history)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +89,16 @@ class LabelledSteps:
     def __post_init__(self) -> None:
         if len(self.steps) != len(self.labels):
             raise ValueError(f"{len(self.steps)} steps but {len(self.labels)} labels")
+        # A label of -100 or 1.0 would silently count as True once cast.
+        if any(type(label) is not bool for label in self.labels):
+            raise ValueError(f"field 'labels' must be a list of bool, got {self.labels!r:.80}")
+
+
+def _check_history(history: list[str]) -> None:
+    if len(history) % 2:
+        raise ValueError(
+            f"field 'history' has {len(history)} turns; it must end with the assistant's, before the question"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +114,13 @@ class Prepared:
 
 
 Record = TypeVar("Record", Problem, Demonstration, PreferencePair, LabelledSteps)
+AnyRecord = Problem | Demonstration | PreferencePair | LabelledSteps
+KINDS = {
+    "problems": Problem,
+    "demonstrations": Demonstration,
+    "preference_pairs": PreferencePair,
+    "labelled_steps": LabelledSteps,
+}
 
 
 def parse_record(kind: type[Record], row: Any) -> Record:
@@ -82,7 +132,7 @@ def parse_record(kind: type[Record], row: Any) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
     hints = get_type_hints(kind)
-    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    required = [f.name for f in dataclasses.fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     for name in required:
         if name not in row:
             raise ValueError(f"field {name!r} is missing (has: {', '.join(sorted(row)) or 'nothing'})")
@@ -99,14 +149,17 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         # A label of -100 or 1.0 would silently count as True once cast, so nothing but a real bool passes.
         if not isinstance(value, list) or any(type(x) is not item for x in value):
             raise ValueError(f"field {name!r} must be a list of {item.__name__}, got {value!r:.80}")
+    elif hint == float | None:
+        if value is not None and type(value) not in (float, int):
+            raise ValueError(f"field {name!r} must be a number or null, got {value!r:.80}")
     elif type(value) is not hint:
         raise ValueError(f"field {name!r} must be {hint.__name__}, got {value!r:.80}")
-    elif hint is str and name in ("question", "answer", "id") and not value.strip():
+    elif hint is str and name in ("question", "id") and not value.strip():
         raise ValueError(f"field {name!r} is empty")
 
 
 def read_records(kind: type[Record], path: str | Path) -> list[Record]:
-    """All records of a JSONL file, in order.
+    """All records of a JSONL or parquet file, in order.
 
     Raises:
         ValueError: when the file is missing or empty, or a row is malformed; names the file and line.
@@ -118,17 +171,17 @@ def read_records(kind: type[Record], path: str | Path) -> list[Record]:
         )
     records: list[Record] = []
     seen: dict[str, int] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    for part in slices(path, bytes_per_slice=1 << 40):
+        for origin, number, row in read_rows(part):
             try:
-                record = parse_record(kind, json.loads(line))
-            except ValueError as error:  # JSONDecodeError is one
-                raise ValueError(f"{path}:{number}: {error}") from None
+                if isinstance(row, Unreadable):
+                    raise ValueError(row.reason)
+                record = parse_record(kind, row)
+            except ValueError as error:
+                raise ValueError(f"{origin}: {error}") from None
             if record.id in seen:
                 raise ValueError(
-                    f"{path}:{number}: id {record.id!r} was already used on line {seen[record.id]}; ids must be unique"
+                    f"{origin}: id {record.id!r} was already used on line {seen[record.id] + 1}; ids must be unique"
                 )
             seen[record.id] = number
             records.append(record)
