@@ -350,24 +350,94 @@ class GRPO(Section):
 # -------------------------------------------------------------------------------------------------------------------- evaluate
 
 
+class Server(Section):
+    """An OpenAI-compatible server that holds the weights."""
+
+    url: Annotated[str, Field(pattern=r"^https?://")]
+    """Up to and including `/v1`."""
+    name: str | None = None
+    """What the server calls the model; by default the only one it lists."""
+    prompts: Literal["tokens", "text", "messages"] = "tokens"
+    """What is sent. `tokens` is what training and rollout use. `text` and `messages` let the server tokenize, `messages` render too; where
+    models.<label>.path has a tokenizer, a prompt of another length than ours is an error: a second BOS, or another chat template."""
+    key_variable: str | None = None
+    """Environment variable that holds the API key."""
+    logprobs: bool = True
+    """Ask for log-probabilities, which weight the votes; some servers refuse to give them."""
+    concurrency: PositiveInt = 16
+    """Requests under way at once; each is one sample."""
+    attempts: PositiveInt = 5
+    """Of a request that fails by no fault of ours: no connection, overload, an internal error."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+
+
+class EvaluatedModel(Model):
+    server: Server | None = None
+    """Where to sample from; without it the weights are loaded by rollout.engine."""
+
+
+class EvaluationRollout(Rollout):
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy decoding."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    problems_per_chunk: PositiveInt = 512
+    """Sampled together and stored together, per rank: what a kill costs at most. Part of the seed, so another value draws other samples."""
+
+
+class Benchmark(Section):
+    """A published set of problems (see data/benchmarks.py)."""
+
+    name: str
+    path: str | None = None
+    """File or folder in the form its authors ship; without it the hub's copy is downloaded at `revision`."""
+    revision: str | None = None
+
+
 class Evaluate(Section):
-    """Accuracy of checkpoints on the same problems, with intervals, and their paired difference."""
+    """Accuracy of models on the same problems, with intervals, and their paired difference."""
 
     stage: Literal["evaluate"]
     output_dir: str
     seed: int = 0
-    models: Annotated[dict[str, Model], Field(min_length=1)]
+    models: Annotated[dict[str, EvaluatedModel], Field(min_length=1)]
     """Label to weights; the first is the baseline the last is compared with."""
     chat: Chat = Chat()
-    problems: str
+    problems: str | None = None
+    """Record file. Either this or `benchmark`."""
+    benchmark: Benchmark | None = None
     num_problems: PositiveInt | None = None
     """The first so many; all by default."""
-    rollout: Rollout
+    perturbations: tuple[Literal["reworded", "numbers", "distraction", "typos"], ...] = ()
+    """How the same problems are told differently, for the robustness figures (see data/perturbation.py)."""
+    rollout: EvaluationRollout
+    truncated: Literal["grade", "wrong"] = "grade"
+    """A completion cut by max_new_tokens is graded as it stands, or counts as wrong."""
     pass_at: tuple[PositiveInt, ...] = (1,)
     """The k of pass@k; each at most rollout.samples_per_prompt."""
     num_shown: Annotated[int, Field(ge=0)] = 3
     """Problems whose answers by every model are kept for reading."""
+    data_manifest: str | None = None
+    """manifest.json of the data the models were trained on; its contamination report is shown beside the score."""
     script: ClassVar[str] = "scripts/evaluate.py"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Evaluate:
+        if (self.problems is None) == (self.benchmark is None):
+            both = "neither" if self.problems is None else "both"
+            raise ValueError(
+                f"{both} of problems and benchmark are set; name a record file under problems or a benchmark"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_file_names(self) -> Evaluate:
+        for label in self.models:
+            if not label or not all(c.isalnum() or c in "-_.+" for c in label):
+                raise ValueError(
+                    f"models has the label {label!r}, which names files; use letters, digits and -_.+ only"
+                )
+        return self
 
     @model_validator(mode="after")
     def _enough_samples(self) -> Evaluate:
@@ -375,6 +445,11 @@ class Evaluate(Section):
             raise ValueError(
                 f"pass_at asks for pass@{max(self.pass_at)} from rollout.samples_per_prompt = {self.rollout.samples_per_prompt} samples; "
                 "raise samples_per_prompt or lower pass_at"
+            )
+        if self.rollout.temperature == 0 and self.rollout.samples_per_prompt > 1:
+            raise ValueError(
+                f"rollout.temperature is 0, so all {self.rollout.samples_per_prompt} samples of a problem would be the same; "
+                "set rollout.samples_per_prompt to 1 or raise the temperature"
             )
         return self
 
