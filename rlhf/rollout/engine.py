@@ -26,11 +26,19 @@ class RolloutEngine(Protocol):
     """Optimizer steps the engine's weights have seen."""
 
     def generate(
-        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        top_p: float = 1.0,
     ) -> list[Rollout]:
         """`samples_per_prompt` completions of each prompt, those of one prompt next to each other.
 
-        The same weights, arguments and seed give the same completions.
+        The same weights, arguments and seed give the same completions. Temperature 0 is greedy decoding; it and `top_p` below 1 are
+        for evaluation only, where no importance ratio is formed with the log-probabilities.
         """
         ...
 

@@ -32,7 +32,14 @@ class TransformersEngine:
         self.policy_version = 0
 
     def generate(
-        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        top_p: float = 1.0,
     ) -> list[Rollout]:
         repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         with torch.random.fork_rng():
@@ -40,11 +47,15 @@ class TransformersEngine:
             return [
                 rollout
                 for start in range(0, len(repeated), MAX_SEQUENCES)
-                for rollout in self._generate(repeated[start : start + MAX_SEQUENCES], temperature, max_new_tokens)
+                for rollout in self._generate(
+                    repeated[start : start + MAX_SEQUENCES], temperature, top_p, max_new_tokens
+                )
             ]
 
     @torch.no_grad()
-    def _generate(self, prompts: Sequence[Prompt], temperature: float, max_new_tokens: int) -> list[Rollout]:
+    def _generate(
+        self, prompts: Sequence[Prompt], temperature: float, top_p: float, max_new_tokens: int
+    ) -> list[Rollout]:
         width = max(len(prompt.token_ids) for prompt in prompts)
         input_ids = torch.full((len(prompts), width), self._stop_token_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -52,10 +63,10 @@ class TransformersEngine:
             input_ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             attention_mask[row, width - len(prompt.token_ids) :] = 1
         generation = GenerationConfig(
-            do_sample=True,
-            temperature=temperature,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
             top_k=0,
-            top_p=1.0,
+            top_p=top_p,
             max_new_tokens=max_new_tokens,
             eos_token_id=self._stop_token_id,
             pad_token_id=self._stop_token_id,
@@ -68,7 +79,10 @@ class TransformersEngine:
         )
         sampled = output.sequences[:, width:]
         logprobs = torch.stack(
-            [token_logprobs(logits, sampled[:, t], temperature=temperature) for t, logits in enumerate(output.logits)],
+            [
+                token_logprobs(logits, sampled[:, t], temperature=temperature or 1.0)
+                for t, logits in enumerate(output.logits)
+            ],
             1,
         )
         rollouts = []

@@ -56,13 +56,21 @@ class VLLMEngine:
         self.policy_version = 0
 
     def generate(
-        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, temperature: float, max_new_tokens: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        top_p: float = 1.0,
     ) -> list[Rollout]:
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             n=samples_per_prompt,
             temperature=temperature,
+            top_p=top_p,
             max_tokens=max_new_tokens,
             logprobs=0,
             stop_token_ids=[self._stop_token_id],
