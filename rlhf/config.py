@@ -413,6 +413,8 @@ class Evaluate(Section):
     rollout: EvaluationRollout
     truncated: Literal["grade", "wrong"] = "grade"
     """A completion cut by max_new_tokens is graded as it stands, or counts as wrong."""
+    accept: Literal["boxed", "marked", "bare", "last_number"] = "boxed"
+    """How plainly a completion must say its answer; each takes what the ones before it take (see reward_models/grading/extraction.py)."""
     pass_at: tuple[PositiveInt, ...] = (1,)
     """The k of pass@k; each at most rollout.samples_per_prompt."""
     num_shown: Annotated[int, Field(ge=0)] = 3
