@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from reward_models.grading import grade
+from reward_models.grading import Grade, GraderPool, grade
+from reward_models.grading.pool import Case
 from reward_models.outcome import OutcomeModel
 from reward_models.verifiable import Component, find_rule
 from rlhf.config import GRPO, RewardModelReward
 from rlhf.types import Rollout, Score
+
+
+def judge_here(cases: Sequence[Case]) -> list[Grade]:
+    """Verdicts from this very process, for tests and short lists of known text."""
+    return [grade(completion, reference) for completion, reference in cases]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +33,18 @@ class CompositeReward:
     """What the chat template writes at the start of the assistant's turn; part of what a reader of the completion sees."""
     truncated_is_wrong: bool = True
     """A completion cut by max_new_tokens earns no correctness, even when a boxed answer stands in it."""
+    judge: Callable[[Sequence[Case]], list[Grade]] = judge_here
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
         learned = {name: score(rollouts) for name, (score, _) in self.models.items()}
+        judged = self.judge([(self.prefill + r.text, r.prompt.reference) for r in rollouts])
         return [
-            self._score(rollout, {name: values[i] for name, values in learned.items()})
+            self._score(rollout, judged[i], {name: values[i] for name, values in learned.items()})
             for i, rollout in enumerate(rollouts)
         ]
 
-    def _score(self, rollout: Rollout, learned: dict[str, float]) -> Score:
+    def _score(self, rollout: Rollout, judged: Grade, learned: dict[str, float]) -> Score:
         text = self.prefill + rollout.text
-        judged = grade(text, rollout.prompt.reference)
         verdict = (
             "wrong"
             if self.truncated_is_wrong and rollout.finish_reason == "length" and judged.verdict == "correct"
@@ -74,7 +81,13 @@ def build_reward(config: GRPO, *, prefill: str, device: str) -> CompositeReward:
             models[reward.name] = (model.scorer(clip=reward.clip, batch_size=reward.batch_size), reward.weight)
         else:
             rules[reward.name] = (find_rule(reward.name), reward.weight)
-    return CompositeReward(rules, models, prefill, config.algorithm.truncated == "wrong")
+    pool = GraderPool(
+        workers=config.grader.workers,
+        timeout=config.grader.timeout_seconds,
+        memory_mb=config.grader.memory_mb,
+        accept=config.grader.accept,
+    )
+    return CompositeReward(rules, models, prefill, config.algorithm.truncated == "wrong", pool.grade_many)
 
 
 def require_reachable(reward: CompositeReward, references: Sequence[Rollout]) -> None:

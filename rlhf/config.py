@@ -262,6 +262,19 @@ class Algorithm(Section):
     """A completion cut by max_new_tokens is graded as it stands, counts as wrong, or is kept out of the loss."""
 
 
+class Grader(Section):
+    """The processes that compare answers with references (see reward_models/grading/)."""
+
+    accept: Literal["boxed", "marked", "bare", "last_number"] = "boxed"
+    """How plainly a completion must say its answer: in a box, after a marker, as the whole text, or just as its last number."""
+    workers: PositiveInt = 1
+    """Per rank."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Wall-clock time a completion may take; then its worker is killed and the completion is undecided."""
+    memory_mb: Annotated[int, Field(ge=256)] = 512
+    """Address space of a worker."""
+
+
 class Guards(Section):
     """Bounds whose breach stops the run with a sentence, before a checkpoint is written."""
 
@@ -306,6 +319,7 @@ class GRPO(Section):
     """Reference solutions: before training they must earn the full reward, and after each weight push both sides score some of them."""
     rollout: GRPORollout
     rewards: Annotated[tuple[RewardModelReward | RuleReward, ...], Field(min_length=1)]
+    grader: Grader = Grader()
     algorithm: Algorithm = Algorithm()
     training: OnlineTraining
     optimizer: Optimizer

@@ -5,8 +5,7 @@ import json
 
 from data.chat import ChatRenderer
 from data.records import Problem, read_records
-from reward_models.grading import grade
-from reward_models.grading.equivalence import normalise
+from reward_models.grading import canonical, grade
 from rlhf.config import Evaluate, Model
 from rlhf.distributed import gather, start
 from rlhf.evaluation import GradedProblem, compare, summarise
@@ -78,7 +77,7 @@ def sample_and_grade(config: Evaluate, model: Model, problems: list[Problem]) ->
             GradedProblem(
                 id=problem.id,
                 level=problem.level,
-                answers=tuple(None if g.extracted is None else normalise(g.extracted) for g in grades),
+                answers=tuple(None if g.extracted is None else canonical(g.extracted) for g in grades),
                 verdicts=tuple(g.verdict for g in grades),
                 lengths=tuple(len(s.token_ids) for s in samples),
                 truncated=tuple(s.finish_reason == "length" for s in samples),

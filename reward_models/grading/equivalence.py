@@ -1,47 +1,725 @@
-"""Whether two short answers say the same: exactly, as numbers or as normalised text. Nothing is evaluated."""
+"""Whether two answers say the same.
+
+    1  the same text, once styling, spaces and dollar signs are gone          same_text
+    2  the same rational number                                              same_number
+    3  the same structure (tuple, set, interval, matrix, equation ...) of equal parts, where parts are equal when
+       their values at fixed points agree exactly, or to 50 and to 80 digits     same_value
+
+Nothing is simplified, so the cost is that of reading and evaluating, which notation, syntax and values bound.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
-MAX_LENGTH = 300
-"""Characters of an answer; longer ones are compared as text only. Integers stay far below the cost of big-number arithmetic."""
+from reward_models.grading.notation import Unreadable, clean, unstyle
+from reward_models.grading.syntax import Node, parse
+from reward_models.grading.values import KNOWN_FUNCTIONS, Evaluator, Value
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
-_FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-_GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
-_WRAPPERS = (re.compile(r"\\text\{([^{}]*)\}"), re.compile(r"\\(?:mathrm|mbox)\{([^{}]*)\}"))
+DIGITS = (50, 80)
+POINTS = (0, 1)
+SIGNED_POINTS = (0, 1, 2, 3)
+"""Used where an absolute value stands; elsewhere unknowns count as positive, as in sqrt(x^2) = x."""
+MAX_ITEMS = 60
+"""Items of a set or list that is matched without order."""
+FLOAT_DIGITS = 10
+"""A decimal with this many significant digits came from floating point,"""
+FLOAT_ERROR = Fraction(1, 10**10)
+"""and is taken for a number at this relative distance."""
 
-
-def normalise(answer: str) -> str:
-    """The answer without what carries no meaning: dollar signs, spaces, `\\text{}`, thousands separators, a final full stop."""
-    for wrapper in _WRAPPERS:
-        answer = wrapper.sub(r"\1", answer)
-    for noise in ("\\$", "$", "\\!", "\\,", "\\ ", "\\left", "\\right", " ", "\n"):
-        answer = answer.replace(noise, "")
-    answer = answer.rstrip(".")
-    return answer.replace(",", "") if _GROUPED.fullmatch(answer) else answer
-
-
-def as_number(answer: str) -> Fraction | None:
-    """A normalised answer as an exact number: integers, decimals, `a/b`, `\\frac{a}{b}`; None for anything else."""
-    if len(answer) > MAX_LENGTH:
-        return None
-    if match := _FRACTION.fullmatch(answer):
-        sign, numerator, denominator = match.groups()
-        answer = f"{sign}{numerator}/{denominator}"
-    numerator, slash, denominator = answer.partition("/")
-    if not _NUMBER.fullmatch(numerator) or (slash and not _NUMBER.fullmatch(denominator)):
-        return None
-    divisor = Fraction(denominator) if slash else Fraction(1)
-    return Fraction(numerator) / divisor if divisor else None
+_CHOICE = re.compile(r"[(\[{]?\s*([A-Z])\s*[)\]}]?\s*[.:]?")
+_CHOSEN = re.compile(r"[(\[{]?\s*([A-Z])\s*(?:[)\]}][.:]?|[.:])\s*\S.*", re.DOTALL)
+_NUMERIC = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+_COUNTED = re.compile(r"\s*(\$?\d[\d,]*(?:\.\d+)?)\s+[a-z]{2,}[-a-z ]*\s[a-z]{2,}[-a-z ]*\.?\s*", re.IGNORECASE)
+_SYNONYMS = {
+    "dne": "doesnotexist",
+    "nosolutions": "nosolution",
+    "noanswer": "nosolution",
+    "noneoftheabove": "none",
+    "emptyset": "nosolution",
+    "yes": "true",
+    "no": "false",
+}
 
 
-def equivalent(answer: str, reference: str) -> bool:
-    """True when both are the same number, or the same text up to case."""
-    answer, reference = normalise(answer), normalise(reference)
-    number, reference_number = as_number(answer), as_number(reference)
-    if number is not None and reference_number is not None:
-        return number == reference_number
-    return answer.casefold() == reference.casefold()
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """The outcome and the rule that decided it."""
+
+    equal: bool
+    rule: str
+
+
+def plain(text: str) -> str:
+    """Text without what carries no meaning, for comparing words and identical formulas."""
+    text = unstyle(clean(text)).replace('"', "")
+    text = re.sub(r"\\(?:left|right|displaystyle|!|,|;|:|\s|quad|qquad|\(|\)|\[|\])", "", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    return re.sub(r"[\s$]", "", text).rstrip(".,;").removesuffix("\\")
+
+
+def words(text: str) -> str:
+    """Lower-case letters and digits of an answer in words."""
+    lowered = re.sub(r"[^\w:+/-]", "", plain(text).replace("\\", "").casefold())
+    return _SYNONYMS.get(lowered, lowered)
+
+
+def canonical(answer: str) -> str:
+    """One spelling for answers that are plainly the same, for counting votes: a number as a fraction, words in lower case."""
+    try:
+        node = normal(parse(answer))
+        if node.op in ("number", "negate", "divide", "percent", "add") and isinstance(
+            value := Evaluator(DIGITS[0])(node), Fraction
+        ):
+            return str(value)
+    except Unreadable:
+        return words(answer) if re.search(r"[A-Za-z]{2}", answer) and "\\" not in answer else plain(answer)
+    return plain(answer)
+
+
+def compare(answer: str, reference: str) -> Equivalence:
+    """Decide whether an answer is the reference.
+
+    Raises:
+        Unreadable: when the reference holds nothing to compare with.
+    """
+    mine, theirs = plain(answer), plain(reference)
+    if not theirs:
+        raise Unreadable("the reference is empty")
+    if mine == theirs:
+        return Equivalence(True, "same_text")
+    if not mine:
+        return Equivalence(False, "empty_answer")
+    if _NUMERIC.fullmatch(mine) and _NUMERIC.fullmatch(theirs) and len(mine) < 1_000 > len(theirs):
+        one, other = Fraction(mine.replace(",", "")), Fraction(theirs.replace(",", ""))
+        if one == other:
+            return Equivalence(True, "same_number")
+        if "," not in mine + theirs and "." not in mine + theirs:
+            return Equivalence(False, "different_number")
+    if (choice := _CHOICE.fullmatch(theirs)) is not None:
+        chosen = _CHOICE.fullmatch(mine) or _CHOSEN.fullmatch(unstyle(clean(answer)).replace('"', "").strip(" $"))
+        if chosen is not None:
+            return Equivalence(chosen.group(1) == choice.group(1), "choice")
+        if mine.upper() == choice.group(1):
+            return Equivalence(True, "choice")
+    if (
+        re.search(r"[A-Za-z]{2}", theirs)
+        and len(words(theirs)) > 1
+        and not re.search(r"\\|[_^=<>]", theirs)
+        and words(mine) == words(theirs)
+    ):
+        return Equivalence(True, "same_words")
+    readings = list(_readings(reference))
+    if not readings:
+        return Equivalence(False, "different_words")
+    unread = True
+    for theirs_tree in readings:
+        for mine_tree in _readings(answer):
+            unread = False
+            try:
+                if equivalent(mine_tree, theirs_tree):
+                    return Equivalence(True, "same_value")
+            except Unreadable:
+                continue
+    return Equivalence(False, "unreadable_answer" if unread else "different_value")
+
+
+def _readings(text: str) -> list[Node]:
+    """Every way to read an answer: `1,234` is a number, or two of them."""
+    trees: list[Node] = []
+    if (counted := _COUNTED.fullmatch(text)) is not None:  # "49 fourth-grade boys"
+        text = counted.group(1)
+    ambiguous = re.search(r"\d,\d{3}", clean(text)) is not None
+    for grouped in (True, False) if ambiguous else (True,):
+        try:
+            trees.append(normal(parse(text, grouped=grouped)))
+        except Unreadable:
+            continue
+    return trees
+
+
+# --------------------------------------------------------------------------------------------------------------- normal form
+
+
+def normal(node: Node) -> Node:
+    """Units, percent in words, and signs of ± settled; a single bracketed item is that item."""
+    node = replace(node, args=tuple(normal(a) for a in node.args))
+    unit = _unit(node.unit)
+    if unit in ("percent", "pct"):
+        return Node("percent", (replace(node, unit=""),))
+    if node.op == "tuple" and len(node.args) == 1:
+        return node.args[0]
+    return replace(node, unit=unit)
+
+
+_UNITS = {
+    "cm": ("length", Fraction(1, 100)), "centimeter": ("length", Fraction(1, 100)), "mm": ("length", Fraction(1, 1000)), "m": ("length", Fraction(1)), "meter": ("length", Fraction(1)),
+    "km": ("length", Fraction(1000)), "kilometer": ("length", Fraction(1000)), "inch": ("imperial", Fraction(1)), "in": ("imperial", Fraction(1)), "ft": ("imperial", Fraction(12)),
+    "foot": ("imperial", Fraction(12)), "feet": ("imperial", Fraction(12)), "yard": ("imperial", Fraction(36)), "mile": ("imperial", Fraction(63360)),
+    "second": ("time", Fraction(1)), "sec": ("time", Fraction(1)), "minute": ("time", Fraction(60)), "min": ("time", Fraction(60)), "hour": ("time", Fraction(3600)),
+    "hr": ("time", Fraction(3600)), "day": ("time", Fraction(86400)), "week": ("time", Fraction(604800)), "cent": ("money", Fraction(1)), "dollar": ("money", Fraction(100)),
+    "g": ("mass", Fraction(1)), "gram": ("mass", Fraction(1)), "kg": ("mass", Fraction(1000)), "kilogram": ("mass", Fraction(1000)), "mg": ("mass", Fraction(1, 1000)),
+}  # fmt: skip
+
+
+def _unit(text: str) -> str:
+    text = text.casefold().strip()
+    if text in ("", "degree", "degrees", "units", "unit"):
+        return ""
+    singular = re.sub(r"inches\b", "inch", text)
+    return re.sub(r"(?<=[a-z]{3})s\b", "", singular)
+
+
+def _unit_scale(mine: str, theirs: str) -> Fraction | None:
+    """By what to multiply a quantity in `mine` to have it in `theirs`; None when they measure different things."""
+    if mine == theirs or not mine or not theirs:
+        return Fraction(1)
+    a, b = _UNITS.get(mine), _UNITS.get(theirs)
+    if a is None or b is None:
+        return Fraction(1)  # words of unknown meaning: "5 different ways" is 5
+    return a[1] / b[1] if a[0] == b[0] else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- structures
+
+
+def equivalent(mine: Node, theirs: Node) -> bool:
+    """Whether an answer's tree means what the reference's means.
+
+    Raises:
+        Unreadable: when a value that decides cannot be had.
+    """
+    if mine == theirs:
+        return True
+    mine, theirs = _spread(mine), _spread(theirs)
+    if _is_region(theirs) or _is_region(mine):
+        return _same_region(mine, theirs)
+    if theirs.op == "relation":
+        return _relation(mine, theirs)
+    if mine.op == "relation":
+        return _value_of_relation(mine, theirs)
+    if mine.op in ("list", "set", "tuple") or theirs.op in ("list", "set", "tuple"):
+        return _collection(mine, theirs)
+    if _is_matrix(mine) or _is_matrix(theirs):
+        return _same_cells(matrix(mine), matrix(theirs))
+    if mine.op == "ratio" and theirs.op == "ratio" and len(mine.args) != len(theirs.args):
+        return False
+    if mine.op == theirs.op == "ratio" and len(mine.args) > 2:
+        return all(
+            same_value(_quotient(a, mine.args[0]), _quotient(b, theirs.args[0]))
+            for a, b in zip(mine.args, theirs.args, strict=True)
+        )
+    return same_scalar(mine, theirs)
+
+
+def _spread(node: Node) -> Node:
+    """`a ± b` as the list of both; a set or list with such items as one of more items."""
+    if node.op in ("list", "set"):
+        items: list[Node] = []
+        for item in node.args:
+            spread = _spread(item)
+            items += spread.args if spread.name == "±" else [spread]
+        return replace(node, args=tuple(items))
+    if node.op == "relation" and node.name == "=" and node.args[1].op != "list":
+        right = _spread(node.args[1])
+        if right.name == "±":
+            return Node(
+                "list", tuple(Node("relation", (node.args[0], value), name="=") for value in right.args), name="±"
+            )
+    if not _has(node, "plusminus"):
+        return node
+    return Node("list", (_signed(node, 1), _signed(node, -1)), name="±")
+
+
+def _has(node: Node, op: str) -> bool:
+    return node.op == op or any(_has(a, op) for a in node.args)
+
+
+def _signed(node: Node, sign: int) -> Node:
+    args = tuple(_signed(a, sign) for a in node.args)
+    if node.op != "plusminus":
+        return replace(node, args=args)
+    negative = (sign < 0) != (node.name == "∓")
+    return Node("negate", args) if negative else args[0]
+
+
+def _items(node: Node) -> tuple[Node, ...]:
+    return node.args if node.op in ("list", "set", "tuple") else (node,)
+
+
+def _collection(mine: Node, theirs: Node) -> bool:
+    """Sets and bare lists without order, tuples in order; `(1,2)` is not `{1,2}`, and neither is `[1,2]`."""
+    a, b = _items(mine), _items(theirs)
+    if _is_matrix(mine) or _is_matrix(theirs):
+        vector, other = (mine, theirs) if _is_matrix(mine) else (theirs, mine)
+        return other.op == "tuple" and len(vector.args) == len(other.args) and all(len(row.args) == 1 for row in vector.args) and all(
+            equivalent(row.args[0], item) for row, item in zip(vector.args, other.args, strict=True))  # fmt: skip
+    a, b = _without_doubles(mine, a), _without_doubles(theirs, b)
+    if len(a) != len(b) or len(a) > MAX_ITEMS:
+        return False
+    if mine.op == theirs.op == "tuple":
+        return mine.name == theirs.name and _pairwise(a, b)
+    if "tuple" in (mine.op, theirs.op):
+        other, bracketed = (mine, theirs) if theirs.op == "tuple" else (theirs, mine)
+        return bracketed.name == "()" and other.op == "list" and _pairwise(a, b)
+    if all(x.op == "relation" for x in (*a, *b)):
+        return _matched(a, b, equivalent)
+    a = tuple(_right_side(x) for x in a) if any(x.op != "relation" for x in b) else a
+    b = tuple(_right_side(x) for x in b) if any(x.op != "relation" for x in a) else b
+    return _matched(a, b, equivalent)
+
+
+def _without_doubles(node: Node, items: tuple[Node, ...]) -> tuple[Node, ...]:
+    return tuple(dict.fromkeys(items)) if node.op == "set" else items
+
+
+def _pairwise(a: Sequence[Node], b: Sequence[Node]) -> bool:
+    return all(equivalent(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _matched(a: Sequence[Node], b: Sequence[Node], same: Callable[[Any, Any], bool]) -> bool:
+    """Whether the items can be paired off; equality is an equivalence, so taking the first fit is enough."""
+    left = list(b)
+    for item in a:
+        fit = next((i for i, other in enumerate(left) if _safely(same, item, other)), None)
+        if fit is None:
+            return False
+        del left[fit]
+    return not left
+
+
+def _safely(same: Callable[[Any, Any], bool], one: Any, other: Any) -> bool:
+    try:
+        return same(one, other)
+    except Unreadable:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------------ matrices
+
+
+def _is_matrix(node: Node) -> bool:
+    return (node.op == "matrix" and not node.name) or (
+        node.op in ("add", "negate", "multiply", "divide") and any(_is_matrix(a) for a in node.args)
+    )
+
+
+def matrix(node: Node) -> list[list[Node]]:
+    """Cells of a matrix, or of a sum or multiple of matrices.
+
+    Raises:
+        Unreadable: for anything else.
+    """
+    match node.op:
+        case "matrix" if not node.name:
+            return [list(row.args) for row in node.args]
+        case "negate":
+            return [[Node("negate", (cell,)) for cell in row] for row in matrix(node.args[0])]
+        case "multiply" | "divide" if _is_matrix(node.args[0]) != _is_matrix(node.args[1]):
+            first = _is_matrix(node.args[0])
+            cells, scalar = (matrix(node.args[0]), node.args[1]) if first else (matrix(node.args[1]), node.args[0])
+            if node.op == "divide" and not first:
+                raise Unreadable("division by a matrix")
+            return [[Node(node.op, (cell, scalar)) for cell in row] for row in cells]
+        case "multiply":
+            a, b = matrix(node.args[0]), matrix(node.args[1])
+            if len(a[0]) == len(b) and len(a) * len(b) * len(b[0]) <= 1_000:
+                columns = list(zip(*b, strict=True))
+                return [
+                    [
+                        Node("add", tuple(Node("multiply", pair) for pair in zip(row, column, strict=True)))
+                        for column in columns
+                    ]
+                    for row in a
+                ]
+        case "add":
+            parts = [matrix(a) for a in node.args]
+            if len({(len(p), len(p[0])) for p in parts}) == 1:
+                return [
+                    [Node("add", tuple(p[r][c] for p in parts)) for c in range(len(parts[0][0]))]
+                    for r in range(len(parts[0]))
+                ]
+    raise Unreadable("not a matrix")
+
+
+def _same_cells(a: list[list[Node]], b: list[list[Node]]) -> bool:
+    if [len(row) for row in a] != [len(row) for row in b] or len(a) * len(a[0]) > 100:
+        return False
+    return all(same_scalar(x, y) for row, other in zip(a, b, strict=True) for x, y in zip(row, other, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------- relations
+
+
+def _right_side(node: Node) -> Node:
+    """The value in `x = value`, `2 = x` or `f(3) = value`."""
+    if node.op != "relation" or set(node.name.split()) != {"="}:
+        return node
+    left, right = node.args[0], node.args[-1]
+    return left if _is_name(right) and not _is_name(left) else right
+
+
+def _is_name(node: Node) -> bool:
+    return node.op == "symbol" or (node.op == "call" and node.name in ("subscript", "prime") and _is_name(node.args[0]))
+
+
+def _names_value(node: Node) -> bool:
+    """Whether an equation gives a quantity its value (`f(8) = 1`, `xy = 20`) rather than tying several together (`2x + z = 1`)."""
+    value = _right_side(node)
+    return all(side is value or not _has(side, "add") for side in node.args)
+
+
+def _value_of_relation(mine: Node, theirs: Node) -> bool:
+    """An answer `x = 5` for the reference 5. A chain of constants must be true: `42 = 41` is no 41."""
+    if set(mine.name.split()) != {"="}:
+        return False
+    value = _right_side(mine)
+    for side in mine.args:
+        if side is not value and _is_constant(side) and _is_constant(value):
+            with suppress(Unreadable):
+                if not same_value(side, value):
+                    return False
+    return equivalent(value, theirs)
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether a tree is a number that this package can compute."""
+    unknown = node.op in ("opaque", "symbol", "matrix") or (node.op == "call" and node.name not in KNOWN_FUNCTIONS)
+    return not unknown and all(_is_constant(a) for a in node.args)
+
+
+def _relation(mine: Node, theirs: Node) -> bool:
+    if mine.op != "relation":
+        value = _right_side(theirs)
+        return value is not theirs and _names_value(theirs) and len(theirs.args) == 2 and equivalent(mine, value)
+    signs, other_signs = mine.name.split(), theirs.name.split()
+    if set(signs) == set(other_signs) == {"="}:
+        if len(signs) == len(other_signs) == 1:
+            return _same_equation(mine, theirs)
+        return (
+            len(signs) != len(other_signs)
+            and _names_value(theirs)
+            and equivalent(_right_side(mine), _right_side(theirs))
+        )
+    if len(signs) != len(other_signs):
+        return False
+    flipped = [_FLIPPED.get(s, s) for s in reversed(signs)]
+    return (signs == other_signs and _pairwise(mine.args, theirs.args)) or (flipped == other_signs and _pairwise(mine.args[::-1], theirs.args)) or (
+        len(signs) == 1 and _same_inequality(mine, theirs))  # fmt: skip
+
+
+def _difference(node: Node) -> Node:
+    return Node("add", (node.args[0], Node("negate", (node.args[1],))))
+
+
+def _factors(mine: Node, theirs: Node) -> list[Value]:
+    """Quotients of the two sides' differences at each point."""
+    quotients = []
+    for point in POINTS:
+        evaluate = Evaluator(DIGITS[0], point)
+        a, b = evaluate(_difference(mine)), evaluate(_difference(theirs))
+        if b == 0 or a == 0:
+            raise Unreadable("an equation that holds everywhere")
+        quotients.append(evaluate.over(a, b))
+    return quotients
+
+
+def _same_equation(mine: Node, theirs: Node) -> bool:
+    """`l = r` and `l' = r'` are the same when l - r is a constant multiple of l' - r'."""
+    if not _symbols(mine) and not _symbols(theirs):
+        return _pairwise(mine.args, theirs.args) or _pairwise(mine.args[::-1], theirs.args)
+    if _symbols(mine) != _symbols(theirs):
+        return False
+    quotients = _factors(mine, theirs)
+    return all(_near(q, quotients[0]) for q in quotients)
+
+
+_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+
+
+def _same_inequality(mine: Node, theirs: Node) -> bool:
+    sign, other = mine.name, theirs.name
+    if sign not in _FLIPPED or other not in _FLIPPED or _symbols(mine) != _symbols(theirs):
+        return False
+    quotients = _factors(mine, theirs)
+    if not all(_near(q, quotients[0]) for q in quotients):
+        return False
+    positive = (quotients[0] if isinstance(quotients[0], Fraction) else quotients[0].real) > 0
+    return (sign if positive else _FLIPPED[sign]) == other
+
+
+def _near(a: Value, b: Value) -> bool:
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    evaluate = Evaluator(DIGITS[0])
+    a, b = evaluate.inexact(a), evaluate.inexact(b)
+    return bool(abs(a - b) < abs(b) * evaluate.mp.mpf(10) ** -30)
+
+
+def _symbols(node: Node) -> frozenset[str]:
+    own = frozenset((node.name,)) if node.op == "symbol" else frozenset()
+    return own.union(*(_symbols(a) for a in node.args))
+
+
+# ------------------------------------------------------------------------------------------------------------------- regions
+
+
+Bound = tuple[Node | None, bool]
+"""A boundary (None: infinitely far) and whether it belongs to the set."""
+
+
+def _is_region(node: Node) -> bool:
+    """Whether a tree can only be read as a set of reals: a union, half-open brackets, an inequality in one unknown."""
+    if node.op in ("union", "intersect", "minus"):
+        return True
+    if node.op == "tuple":
+        return len(node.args) == 2 and (node.name in ("[)", "(]") or any(_infinite(a) for a in node.args))
+    if node.op == "symbol":
+        return node.name == "R"
+    if node.op == "relation":
+        signs = set(node.name.split())
+        if signs == {"in"}:
+            return len(node.args) == 2 and node.args[1].op in ("tuple", "union", "minus", "symbol", "set")
+        return (
+            bool(signs)
+            and signs <= set(_FLIPPED)
+            and len(_symbols(node)) == 1
+            and not _has(node, "opaque")
+            and not _has(node, "call")
+        )
+    return (
+        node.op == "list"
+        and node.name in ("or", "and", ",")
+        and len(node.args) > 1
+        and all(a.op == "relation" and _is_region(a) for a in node.args)
+        and len(_symbols(node)) == 1
+    )
+
+
+def _infinite(node: Node) -> bool:
+    return (node.op == "constant" and node.name == "inf") or (node.op == "negate" and _infinite(node.args[0]))
+
+
+def region(node: Node) -> list[tuple[Bound, Bound]]:
+    """Disjoint intervals, as (lower, upper).
+
+    Raises:
+        Unreadable: when the tree is no set of reals that this reads.
+    """
+    match node.op:
+        case "union":
+            return _joined([part for a in node.args for part in region(a)])
+        case "list" if node.name in ("or", ","):
+            return _joined([part for a in node.args for part in region(a)])
+        case "list" if node.name == "and" and len(node.args) == 2:
+            return _met(region(node.args[0]), region(node.args[1]))
+        case "intersect":
+            return _met(region(node.args[0]), region(node.args[1]))
+        case "minus":
+            return _met(region(node.args[0]), _complement(node.args[1]))
+        case "symbol" if node.name == "R":
+            return [((None, False), (None, False))]
+        case "tuple" if len(node.args) == 2:
+            low, high = ((None if _infinite(a) else a) for a in node.args)
+            return [((low, node.name[0] == "[" and low is not None), (high, node.name[1] == "]" and high is not None))]
+        case "set":
+            return [((a, True), (a, True)) for a in node.args]
+        case "relation" if node.name == "in":
+            return region(node.args[1])
+        case "relation":
+            return _solved(node)
+    raise Unreadable("no set of reals")
+
+
+def _complement(node: Node) -> list[tuple[Bound, Bound]]:
+    parts = sorted(region(node), key=lambda p: _real(p[0][0]))
+    low: Bound = (None, False)
+    gaps: list[tuple[Bound, Bound]] = []
+    for start, end in parts:
+        gaps.append((low, (start[0], not start[1])))
+        low = (end[0], not end[1])
+    gaps.append((low, (None, False)))
+    return gaps
+
+
+def _solved(node: Node) -> list[tuple[Bound, Bound]]:
+    """A chain of inequalities, each linear in the one unknown."""
+    result: list[tuple[Bound, Bound]] = [((None, False), (None, False))]
+    if len(_symbols(node)) != 1:
+        raise Unreadable("not one unknown")
+    for i, sign in enumerate(node.name.split()):
+        difference = Node("add", (node.args[i], Node("negate", (node.args[i + 1],))))
+        (name,) = _symbols(node)
+        at = [same_point(difference, name, Fraction(x)) for x in (0, 1, 3)]
+        slope = at[1] - at[0]
+        if slope == 0 or not _near(at[2] - at[0], slope * 3):
+            raise Unreadable("not linear")
+        root = -at[0] / slope
+        bound = (
+            Node("number", value=root)
+            if isinstance(root, Fraction)
+            else Node("add", (Node("divide", (Node("negate", (_at(difference, name, 0),)), _slope(difference, name))),))
+        )
+        above = (slope.real > 0) == (sign in (">", ">="))
+        edge: Bound = (bound, sign in ("<=", ">="))
+        result = _met(result, [(edge, (None, False))] if above else [((None, False), edge)])
+    return result
+
+
+def _at(node: Node, name: str, x: int) -> Node:
+    if node.op == "symbol" and node.name == name:
+        return Node("number", value=Fraction(x))
+    return replace(node, args=tuple(_at(a, name, x) for a in node.args))
+
+
+def _slope(node: Node, name: str) -> Node:
+    return Node("add", (_at(node, name, 1), Node("negate", (_at(node, name, 0),))))
+
+
+def same_point(node: Node, name: str, x: Fraction) -> Value:
+    return Evaluator(DIGITS[0])(_at(node, name, x.numerator))
+
+
+def _real(node: Node | None, infinite: int = -1) -> Any:
+    if node is None:
+        return Evaluator(30).mp.mpf("inf") * infinite
+    value = Evaluator(30).inexact(Evaluator(30)(node))
+    if abs(value.imag) > 1e-20:
+        raise Unreadable("a boundary is not real")
+    return value.real
+
+
+def _met(a: list[tuple[Bound, Bound]], b: list[tuple[Bound, Bound]]) -> list[tuple[Bound, Bound]]:
+    parts = []
+    for low, high in a:
+        for other_low, other_high in b:
+            start = max((low, other_low), key=lambda e: (_real(e[0]), not e[1]))
+            end = min((high, other_high), key=lambda e: (_real(e[0], 1), e[1]))
+            x, y = _real(start[0]), _real(end[0], 1)
+            if x < y or (x == y and start[1] and end[1]):
+                parts.append((start, end))
+    return parts
+
+
+def _joined(parts: list[tuple[Bound, Bound]]) -> list[tuple[Bound, Bound]]:
+    """In order, with intervals that touch made one."""
+    if len(parts) > MAX_ITEMS:
+        raise Unreadable("too many intervals")
+    merged: list[tuple[Bound, Bound]] = []
+    for low, high in sorted(parts, key=lambda p: (_real(p[0][0]), not p[0][1])):
+        if merged:
+            end = merged[-1][1]
+            x, y = _real(end[0], 1), _real(low[0])
+            if y < x or (y == x and (end[1] or low[1])):
+                merged[-1] = (merged[-1][0], max((end, high), key=lambda e: (_real(e[0], 1), e[1])))
+                continue
+        merged.append((low, high))
+    return merged
+
+
+def _same_region(mine: Node, theirs: Node) -> bool:
+    if (
+        theirs.op == "relation"
+        and theirs.name == "in"
+        and mine.op == "relation"
+        and mine.name != "in"
+        and not _is_region(mine)
+    ):
+        return False
+    a, b = _joined(region(mine)), _joined(region(theirs))
+    return len(a) == len(b) and all(
+        one[1] == other[1]
+        and (one[0] is None) == (other[0] is None)
+        and (one[0] is None or other[0] is None or same_value(one[0], other[0]))
+        for part, counterpart in zip(a, b, strict=True)
+        for one, other in zip(part, counterpart, strict=True)
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------------- values
+
+
+def _quotient(a: Node, b: Node) -> Node:
+    return Node("divide", (a, b))
+
+
+def same_scalar(mine: Node, theirs: Node) -> bool:
+    """Quantities, units and percent included. `25 %` is 0.25 and, where one side has no sign, also 25."""
+    scale = _unit_scale(_unit_of(mine), _unit_of(theirs))
+    if scale is None:
+        return False
+    if scale != 1:
+        mine = Node("multiply", (replace(mine, unit=""), Node("number", value=scale)))
+    if mine.op == theirs.op == "base" and mine.name.partition("_")[2] != theirs.name.partition("_")[2]:
+        return False
+    if same_value(mine, theirs):
+        return True
+    if (mine.op == "percent") != (theirs.op == "percent"):
+        return same_value(*(n.args[0] if n.op == "percent" else n for n in (mine, theirs)))
+    return False
+
+
+def _unit_of(node: Node) -> str:
+    return node.unit or ("dollar" if node.op == "money" else "")
+
+
+def same_value(mine: Node, theirs: Node) -> bool:
+    """Equal at every point, exactly or to both precisions.
+
+    Raises:
+        Unreadable: when one of them has no value.
+    """
+    symbols = bool(_symbols(mine) or _symbols(theirs))
+    points = POINTS[:1] if not symbols else SIGNED_POINTS if _has_abs(mine) or _has_abs(theirs) else POINTS
+    for point in points:
+        gaps: list[tuple[Any, Any]] = []
+        for digits in DIGITS:
+            evaluate = Evaluator(digits, point)
+            a, b = evaluate(mine), evaluate(theirs)
+            if isinstance(a, Fraction) and isinstance(b, Fraction):
+                if a != b and (symbols or not _float_near(mine, theirs, a, b)):
+                    return False
+                break
+            a, b = evaluate.inexact(a), evaluate.inexact(b)
+            gaps.append((abs(a - b), max(abs(a), abs(b))))
+            if (
+                digits == DIGITS[0]
+                and gaps[0][0] > gaps[0][1] * evaluate.mp.mpf(10) ** -8
+                and gaps[0][1] > evaluate.mp.mpf(10) ** -30
+            ):
+                return False
+        else:
+            (gap, _), (finer, size) = gaps
+            mp = Evaluator(DIGITS[1]).mp
+            shrinks = finer == 0 or finer <= size * mp.mpf(10) ** -60 or finer <= gap * mp.mpf(10) ** -20
+            if not shrinks and (symbols or not _decimal_near(mine, theirs, finer, size)):
+                return False
+    return True
+
+
+def _has_abs(node: Node) -> bool:
+    return (node.op == "call" and node.name == "abs") or any(_has_abs(a) for a in node.args)
+
+
+def _decimals(node: Node) -> int:
+    """Significant digits of an answer that is one decimal, possibly with a sign or a percent sign; else 0."""
+    return _decimals(node.args[0]) if node.op in ("negate", "percent", "money") else node.digits
+
+
+def _float_near(mine: Node, theirs: Node, a: Fraction, b: Fraction) -> bool:
+    digits = max(_decimals(mine), _decimals(theirs))
+    size = max(abs(a), abs(b))
+    if digits >= FLOAT_DIGITS:
+        return abs(a - b) <= size * FLOAT_ERROR
+    from_float = any(v.denominator >= 1 << 30 and v.denominator & (v.denominator - 1) == 0 for v in (a, b))
+    return from_float and abs(a - b) <= size * Fraction(1, 10**14)
+
+
+def _decimal_near(mine: Node, theirs: Node, gap: Any, size: Any) -> bool:
+    digits = max(_decimals(mine), _decimals(theirs))
+    return digits >= FLOAT_DIGITS and bool(gap <= size * FLOAT_ERROR.numerator / FLOAT_ERROR.denominator)
