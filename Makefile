@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick lint install clean-demo
+.PHONY: demo test quick lint fuzz install clean-demo
 
 demo: install  ## Teach a small model to reason, start to finish, in about ten minutes
 	$(BIN)/python scripts/run_pipeline.py --config recipes/tiny/pipeline.yaml
@@ -23,6 +23,10 @@ quick: install  ## The tests that take seconds
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+
+fuzz: install  ## Ten minutes of coverage-guided fuzzing of the grader
+	$(BIN)/pip install --no-deps atheris==3.0.0
+	cd /tmp && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/fuzz_grading.py -max_total_time=$(or $(SECONDS),600) -dict=$(CURDIR)/tests/fuzz/words.dict -max_len=4096
 
 clean-demo:  ## Forget the demo's outputs
 	rm -rf outputs/demo

@@ -105,7 +105,7 @@ def compare(answer: str, reference: str) -> Equivalence:
         chosen = _CHOICE.fullmatch(mine) or _CHOSEN.fullmatch(unstyle(clean(answer)).replace('"', "").strip(" $"))
         if chosen is not None:
             return Equivalence(chosen.group(1) == choice.group(1), "choice")
-        if mine.upper() == choice.group(1):
+        if mine.strip("{}").upper() == choice.group(1):
             return Equivalence(True, "choice")
     if (
         re.search(r"[A-Za-z]{2}", theirs)

@@ -79,12 +79,15 @@ _TOKEN = re.compile(
 )
 
 
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _BUILDER = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|\||:)\s*([^{}|:]{1,200}?)\\\}")
 """`\\{x | condition\\}` is its condition."""
 
 
 def clean(text: str) -> str:
     """Text with one spelling for each sign: ASCII where there is one, no styling commands, no dollar delimiters."""
+    if len(_DOLLAR.findall(text)) % 2 == 0:  # delimiters; an odd one is money
+        text = _DOLLAR.sub(" ", text)
     for broken, repaired in _ESCAPES:
         text = text.replace(broken, repaired)
     text = _SUPERSCRIPT.sub(lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
@@ -103,6 +106,7 @@ def clean(text: str) -> str:
         if re.fullmatch(r"[\s$\\]*\d{1,3}(?:, ?\d{3})+[\s$.]*", text) and ", 000" in text
         else text
     )
+    text = re.sub(r"(?<=\d)\^?\s*\{?\s*(?:\\(?:text|mathrm|mbox)\s*\{)?\s*(?:st|nd|rd|th)\b\s*\}{0,2}", "", text)
     text = re.sub(r"\^\s*\{?\s*\\prime\s*\}?", "'", text)
     return _BUILDER.sub(r" \1 ", text)
 

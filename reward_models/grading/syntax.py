@@ -336,8 +336,7 @@ class Parser:
             case "command":
                 return self.command(token.text)
             case "operator" if token.text == "$":
-                node = self._atom()
-                return Node("money", (node,))
+                return Node("money", (self.signed(),))
             case "operator" if token.text == "|":
                 self.bars += 1
                 inner = self.sum()
