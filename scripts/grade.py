@@ -7,34 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reward_models.grading import GraderPool
-from reward_models.grading.audit import audit
+from reward_models.grading.audit import audit, read_cases
 from reward_models.grading.extraction import ACCEPT
-
-
-def read_cases(path: Path) -> list[dict]:
-    """Rows with id, reference (or gold) and completion.
-
-    Raises:
-        ValueError: naming the file and line of a row that is none.
-    """
-    if not path.is_file():
-        raise ValueError(f"cases file {path} does not exist; each of its lines is {{'id', 'reference', 'completion'}}")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict) or "completion" not in row or not {"reference", "gold"} & row.keys():
-                raise ValueError(f"{path}:{number}: a case needs the fields id, reference and completion")
-            reference = row.get("reference", row.get("gold"))
-            if not all(isinstance(text, str | None) for text in (reference, row["completion"])):
-                raise ValueError(f"{path}:{number}: reference and completion must be strings")
-            rows.append({**row, "id": row.get("id", number), "reference": reference})
-    return rows
 
 
 def graded(rows: list[dict], pool: GraderPool) -> Iterator[dict]:

@@ -139,7 +139,12 @@ def _readings(text: str) -> list[Node]:
         try:
             trees.append(normal(parse(text, grouped=grouped)))
         except Unreadable:
-            continue
+            before, sign, last = text.rpartition(
+                "="
+            )  # "5 \\star 1 = 45 + 2 = 47": the end of a chain may be readable by itself
+            if sign and before[-1:] not in ("<", ">", "!", "\\"):
+                with suppress(Unreadable):
+                    trees.append(normal(parse(last, grouped=grouped)))
     return trees
 
 
