@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
+import httpx2
 
 from rlhf.config import Server
 from rlhf.report import printable
@@ -55,11 +55,11 @@ class OpenAIServer:
         key = os.environ.get(server.key_variable) if server.key_variable else None
         if server.key_variable and not key:
             raise ValueError(f"server.key_variable names {server.key_variable}, which is not set in the environment")
-        self._client = httpx.Client(
+        self._client = httpx2.Client(
             base_url=server.url.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=server.timeout_seconds,
-            limits=httpx.Limits(max_connections=server.concurrency),
+            limits=httpx2.Limits(max_connections=server.concurrency),
         )
         self._model = self._choose_model()
 
@@ -72,7 +72,7 @@ class OpenAIServer:
         try:
             answer = self._client.get(str(self._client.base_url.join("../version")))
             return f"vllm {printable(str(answer.json()['version']))[:40]}" if answer.status_code == 200 else "unknown"
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
             return "unknown"
 
     def generate(self, questions: Sequence[Question], seed: int) -> list[list[Completion]]:
@@ -196,7 +196,7 @@ class OpenAIServer:
                 reason = f"HTTP {response.status_code}: {printable(response.text)[:200]}"
                 if response.status_code not in TRANSIENT:
                     break
-            except httpx.TransportError as error:
+            except httpx2.TransportError as error:
                 reason = f"{type(error).__name__}: {printable(str(error))[:200]}"
             except ValueError as error:  # not JSON, or not an object
                 reason = f"not a JSON object ({printable(str(error))[:100]})"

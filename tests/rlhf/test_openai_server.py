@@ -146,7 +146,7 @@ def test_a_server_that_reads_another_prompt_than_training_wrote_is_refused(local
     local.prompt_tokens = counted
     local.choice = {"text": "x", "message": {"content": "x"}}
     engine = client(local.url, prompts=prompts, prompt_text=lambda question: f"<user>{question}")
-    with pytest.raises(ValueError, match=f"as {counted} tokens and training would write 3: {message}"):
+    with pytest.raises(ValueError, match=f"as {counted} tokens and training would write 3: .*{message}"):
         engine.generate([QUESTION], 0)
 
 
