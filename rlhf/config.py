@@ -378,16 +378,31 @@ class RewardModelReward(Section):
 
 
 class Algorithm(Section):
-    """What makes it GRPO."""
+    """Which member of the family it is (the equations are in rlhf/advantages.py, losses.py and masking.py)."""
 
-    advantage: Literal["group_relative"] = "group_relative"
+    advantage: Literal["group_relative", "leave_one_out", "batch_normalised", "group_baseline"] = "group_relative"
+    """GRPO, RLOO, REINFORCE++, REINFORCE++ with baseline."""
     scale_by_std: bool = True
-    """Divide by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
+    """Divide by the standard deviation (GRPO) or not (Dr. GRPO)."""
+    normalise_components: bool = False
+    """Compare each reward component within its group before they are added (GDPO); `advantage` is then not used."""
+    loss: Literal["clipped", "sequence_clipped", "cispo", "sapo"] = "clipped"
+    """PPO's clip on each token's ratio, GSPO's on the sequence's, CISPO's clipped weight, SAPO's soft gate."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
-    """Above clip_low it is DAPO's clip-higher."""
-    aggregation: Literal["token", "sequence"] = "token"
-    """Mean over all tokens of an optimizer step, or mean over sequences of each one's mean."""
+    """Above clip_low it is DAPO's clip-higher. The losses of GSPO want bounds near 4e-4; CISPO's weight ends at 1 + clip_high."""
+    ratio_ceiling: Annotated[float, Field(gt=1)] | None = None
+    """Largest ratio of a token whose advantage is negative: the two-sided clip, for the clipped losses."""
+    sapo_temperature_positive: Annotated[float, Field(gt=0)] = 1.0
+    sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all tokens of an optimizer step (DAPO), mean over sequences of each one's mean (GRPO), or sum over a constant (Dr. GRPO)."""
+    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """How much entropy, in nats per token, is worth in the loss."""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weight tokens by how much likelier the trainer finds them than the engine did, bounded (TIS) or dropped beyond the bound (MIS)."""
+    sampler_correction_level: Literal["token", "sequence"] = "token"
+    sampler_correction_max: Annotated[float, Field(gt=1)] = 2.0
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     truncated: Literal["grade", "wrong", "mask"] = "wrong"
@@ -468,6 +483,14 @@ class GRPO(Section):
         if self.algorithm.kl_coefficient == 0 and self.reference is not None:
             raise ValueError(
                 "reference is set but algorithm.kl_coefficient is 0, so nothing would read it; remove reference or raise the coefficient"
+            )
+        if self.algorithm.ratio_ceiling is not None and self.algorithm.loss not in ("clipped", "sequence_clipped"):
+            raise ValueError(
+                f"algorithm.ratio_ceiling is {self.algorithm.ratio_ceiling} and algorithm.loss is {self.algorithm.loss!r}, which does not clip; remove it"
+            )
+        if self.algorithm.normalise_components and not self.algorithm.scale_by_std:
+            raise ValueError(
+                "algorithm.normalise_components divides by standard deviations and algorithm.scale_by_std is false; set one of them the other way"
             )
         if self.rollout.samples_per_prompt < 2:
             raise ValueError(

@@ -19,6 +19,8 @@ MEANING = {
     "policy/loss": "loss of the optimizer step, summed over its tokens with their weights",
     "policy/entropy": "mean entropy in nats of the policy at trained tokens",
     "policy/clip_fraction": "share of trained tokens whose gradient the clip took away",
+    "policy/ratio": "mean ratio of the policy to the one that sampled, at trained tokens; 1 on policy",
+    "policy/sampler_correction": "mean weight of a trained token by algorithm.sampler_correction",
     "policy/kl_sampler": "k3 estimate of KL(sampler || trainer) per token, measured before the policy moves; 0 up to rounding",
     "policy/kl_reference": "estimate of KL(policy || reference) per trained token, only with a reference",
     "policy/grad_norm": "gradient norm before clipping, mean over the batch's optimizer steps",

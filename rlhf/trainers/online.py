@@ -1,7 +1,7 @@
 """The online loop: sample a rollout batch, score it, take optimizer steps on it, push the weights, repeat.
 
     prompts ─engine.generate─▶ rollouts ─reward_fn─▶ scores ─group_relative─▶ advantages
-      ─pack─▶ micro-batches ─policy─▶ logprobs ─clipped_policy_loss─▶ per token ─▶ sum of weight x loss
+      ─pack─▶ micro-batches ─policy─▶ logprobs ─policy_loss─▶ per token ─▶ sum of weight x loss
 
 Notation: a rollout batch has P prompts x G samples, all sampled by one policy version; it is trained on in `minibatches_per_batch`
 optimizer steps, `passes_per_batch` times. Each optimizer step has one denominator, fixed before its first backward pass and summed
@@ -23,13 +23,21 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import get_scheduler
 
-from rlhf.advantages import ADVANTAGES
+from rlhf.advantages import ADVANTAGES, normalised_components
 from rlhf.checkpoint import load_newest, save_checkpoint
 from rlhf.config import GRPO
 from rlhf.distributed import clip_and_step, gather, global_max, micro_batch, unwrap
 from rlhf.kl import KL, k3
 from rlhf.logprobs import token_entropy, token_logprobs
-from rlhf.losses import clipped_policy_loss, is_clipped
+from rlhf.losses import (
+    cispo_loss,
+    clipped_policy_loss,
+    is_clipped,
+    sampler_correction,
+    sapo_loss,
+    sequence_ratio,
+    token_ratio,
+)
 from rlhf.masking import token_weights
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
 from rlhf.packing import pack, token_budget_chunks
@@ -64,15 +72,44 @@ class Experience:
     """[B] False for what stays out of the loss: undecided groups, masked truncated completions."""
 
 
-def score_rollouts(rollouts: Sequence[Rollout], scores: Sequence[Score], config: GRPO) -> Experience:
+def advantages_of(scores: Sequence[Score], config: GRPO) -> Tensor:
+    """[B] advantages of the scores of all ranks; 0 in groups that hold an undecided completion.
+
+    Such a group is left out of the batch's mean and standard deviation as well.
+    """
+    algorithm, size = config.algorithm, config.rollout.samples_per_prompt
+    decided = ~torch.tensor([score.value is None for score in scores]).view(-1, size).any(1)
+    advantages = torch.zeros(len(scores)).view(-1, size)
+    if not decided.any():
+        return advantages.flatten()
+    if algorithm.normalise_components:
+        weights = torch.tensor([reward.weight for reward in config.rewards])
+        rows = [[score.components.get(reward.name, 0.0) for reward in config.rewards] for score in scores]
+        components = torch.tensor(rows).view(-1, size, len(config.rewards))
+        advantages[decided] = normalised_components(components[decided], weights)
+    else:
+        rewards = torch.tensor([score.value or 0.0 for score in scores]).view(-1, size)
+        estimator = ADVANTAGES[algorithm.advantage]
+        advantages[decided] = estimator(rewards[decided], scale_by_std=algorithm.scale_by_std)
+    return advantages.flatten()
+
+
+def score_rollouts(
+    rollouts: Sequence[Rollout], scores: Sequence[Score], config: GRPO, advantages: Tensor | None = None
+) -> Experience:
     """Advantages of whole groups, computed before anything is left out.
 
     A group with an undecided completion is dropped as a whole: a grader's failure is neither a 0 nor a smaller group.
+
+    Args:
+        rollouts: of this rank.
+        scores: of these rollouts.
+        config: the recipe.
+        advantages: [B] of these rollouts, when they were computed over all ranks.
     """
     size = config.rollout.samples_per_prompt
     undecided = torch.tensor([score.value is None for score in scores]).view(-1, size)
-    rewards = torch.tensor([score.value if score.value is not None else 0.0 for score in scores]).view(-1, size)
-    advantages = ADVANTAGES[config.algorithm.advantage](rewards, scale_by_std=config.algorithm.scale_by_std)
+    advantages = advantages_of(scores, config) if advantages is None else advantages
     trained = ~undecided.any(1, keepdim=True).expand(-1, size)
     if config.algorithm.truncated == "mask":
         trained = trained & torch.tensor([r.finish_reason == "stop" for r in rollouts]).view(-1, size)
@@ -172,7 +209,7 @@ class OnlineTrainer:
             with self._timed(metrics, "rollout"):
                 rollouts = self.sample(batch)
             with self._timed(metrics, "reward"):
-                experience = score_rollouts(rollouts, self.reward_fn(rollouts), self.config)
+                experience = self.score(rollouts)
             self._describe(experience, metrics)
             with self._timed(metrics, "train"):
                 self.update(experience, metrics)
@@ -234,6 +271,13 @@ class OnlineTrainer:
             )
         return rollouts
 
+    def score(self, rollouts: Sequence[Rollout]) -> Experience:
+        """Scores of this rank's rollouts, with advantages over those of all ranks."""
+        scores = self.reward_fn(rollouts)
+        advantages = advantages_of(gather(self.accelerator, list(scores)), self.config)
+        start = self.accelerator.process_index * len(scores)
+        return score_rollouts(rollouts, scores, self.config, advantages[start : start + len(scores)])
+
     def update(self, experience: Experience, metrics: Metrics) -> None:
         """The optimizer steps of one rollout batch."""
         training, size = self.config.training, self.config.rollout.samples_per_prompt
@@ -246,26 +290,27 @@ class OnlineTrainer:
         plans = [self._plan(experience, rows) for rows in minibatches]
         # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.
         old = [[self._logprobs(micro) for micro, _ in plan] if m else None for m, plan in enumerate(plans)]
-        for pass_number in range(training.passes_per_batch):
+        for _ in range(training.passes_per_batch):
             for m, plan in enumerate(plans):
-                old[m] = self._optimizer_step(plan, old[m], metrics, first=pass_number == 0 and m == 0)
+                old[m] = self._optimizer_step(plan, old[m], metrics)
 
     # ------------------------------------------------------------------------------------------------------- one optimizer step
 
     def _plan(self, experience: Experience, rows: list[int]) -> list[tuple[Batch, Tensor]]:
         """Micro-batches of one optimizer step, each with the weight of its sequences; the same number on every rank.
 
-        Sequences without advantage have no gradient unless a KL penalty gives them one, so they are not computed; the denominator
-        counts them all the same.
+        Sequences without advantage have no gradient unless a KL penalty or an entropy bonus gives them one, so they are not
+        computed; the denominator counts them all the same.
         """
         lengths = torch.tensor([len(experience.rollouts[i].token_ids) if experience.trained[i] else 0 for i in rows])
         all_lengths = torch.tensor(gather(self.accelerator, lengths.tolist()))
-        weights = token_weights(all_lengths, self.config.algorithm.aggregation)
+        weights = token_weights(
+            all_lengths, self.config.algorithm.aggregation, max_length=self.config.rollout.max_new_tokens
+        )
         offset = self.accelerator.process_index * len(rows)
         weight_of = dict(zip(rows, weights[offset : offset + len(rows)].tolist(), strict=True))
-        needed = [
-            i for i in rows if experience.trained[i] and (experience.advantages[i] != 0 or self.reference is not None)
-        ]
+        everything = self.reference is not None or self.config.algorithm.entropy_coefficient > 0
+        needed = [i for i in rows if experience.trained[i] and (experience.advantages[i] != 0 or everything)]
         totals = [len(experience.rollouts[i].prompt.token_ids) + len(experience.rollouts[i].token_ids) for i in needed]
         chunks = [
             [needed[j] for j in chunk]
@@ -299,7 +344,7 @@ class OnlineTrainer:
         )
 
     def _optimizer_step(
-        self, plan: list[tuple[Batch, Tensor]], old: list[Tensor] | None, metrics: Metrics, *, first: bool
+        self, plan: list[tuple[Batch, Tensor]], old: list[Tensor] | None, metrics: Metrics
     ) -> list[Tensor]:
         """One optimizer step; returns the old log-probabilities it used, for later passes."""
         algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
@@ -314,18 +359,35 @@ class OnlineTrainer:
                 logprobs = token_logprobs(logits, targets, temperature=temperature)
                 old_logprobs = logprobs.detach() if old is None else old[i]
                 advantages = batch.advantages[batch.mask].to(logits.device)
-                per_token = clipped_policy_loss(
-                    logprobs, old_logprobs, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
+                sequences = batch.mask.nonzero()[:, 0].to(logits.device)
+                ratio = (
+                    sequence_ratio(logprobs, old_logprobs, sequences)
+                    if algorithm.loss == "sequence_clipped"
+                    else token_ratio(logprobs, old_logprobs)
                 )
+                per_token = self._policy_loss(ratio, logprobs, advantages)
+                if algorithm.sampler_correction != "none":
+                    correction = sampler_correction(
+                        old_logprobs,
+                        batch.sampler_logprobs[batch.mask].to(logits.device),
+                        sequences,
+                        level=algorithm.sampler_correction_level,
+                        mode=algorithm.sampler_correction,
+                        max_ratio=algorithm.sampler_correction_max,
+                    )
+                    per_token = per_token * correction
+                    local.add("policy/sampler_correction", total=correction.sum().item(), count=correction.numel())
+                if algorithm.entropy_coefficient > 0:
+                    per_token = per_token - algorithm.entropy_coefficient * token_entropy(
+                        logits, temperature=temperature
+                    )
                 if self.reference is not None:
                     kl = KL[algorithm.kl_estimator](logprobs, self._logprobs(batch, self.reference))
                     per_token = per_token + algorithm.kl_coefficient * kl
                     local.add("policy/kl_reference", total=kl.sum().item(), count=kl.numel())
                 weight = weights.unsqueeze(1).expand(batch.mask.shape)[batch.mask].to(logits.device)
                 loss = (per_token * weight).sum()  # 0, with a gradient of 0, on an idle pass
-                self._describe_tokens(
-                    local, batch, logits, logprobs, old_logprobs, advantages, on_policy=old is None or first
-                )
+                self._describe_tokens(local, batch, logits, ratio, old_logprobs, advantages)
                 self._require_finite(loss)
                 total_loss += loss.item()
                 if last:
@@ -345,23 +407,35 @@ class OnlineTrainer:
 
     # ------------------------------------------------------------------------------------------------------- metrics and guards
 
+    def _policy_loss(self, ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
+        algorithm = self.config.algorithm
+        match algorithm.loss:
+            case "clipped" | "sequence_clipped":
+                return clipped_policy_loss(
+                    ratio,
+                    advantages,
+                    clip_low=algorithm.clip_low,
+                    clip_high=algorithm.clip_high,
+                    ceiling=algorithm.ratio_ceiling,
+                )
+            case "cispo":
+                return cispo_loss(ratio, logprobs, advantages, max_ratio=1 + algorithm.clip_high)
+            case "sapo":
+                return sapo_loss(
+                    ratio,
+                    advantages,
+                    temperature_positive=algorithm.sapo_temperature_positive,
+                    temperature_negative=algorithm.sapo_temperature_negative,
+                )
+
     @torch.no_grad()
     def _describe_tokens(
-        self,
-        metrics: Metrics,
-        batch: Batch,
-        logits: Tensor,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        *,
-        on_policy: bool,
+        self, metrics: Metrics, batch: Batch, logits: Tensor, ratio: Tensor, old_logprobs: Tensor, advantages: Tensor
     ) -> None:
-        algorithm, count = self.config.algorithm, logprobs.numel()
-        clipped = is_clipped(
-            logprobs, old_logprobs, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
-        )
+        algorithm, count = self.config.algorithm, ratio.numel()
+        clipped = is_clipped(ratio, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
         metrics.add("policy/clip_fraction", total=clipped.sum().item(), count=count)
+        metrics.add("policy/ratio", total=ratio.sum().item(), count=count)
         metrics.add(
             "policy/entropy",
             total=token_entropy(logits, temperature=self.config.rollout.temperature).sum().item(),

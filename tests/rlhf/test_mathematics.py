@@ -6,16 +6,25 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf.advantages import group_relative
+from rlhf.advantages import batch_normalised, group_baseline, group_relative, leave_one_out, normalised_components
 from rlhf.kl import k1, k2, k3
 from rlhf.logprobs import token_entropy, token_logprobs
-from rlhf.losses import clipped_policy_loss, is_clipped
+from rlhf.losses import (
+    cispo_loss,
+    clipped_policy_loss,
+    is_clipped,
+    sampler_correction,
+    sapo_loss,
+    sequence_ratio,
+    token_ratio,
+)
 from rlhf.masking import token_weights
 
 
 def loss_and_gradient(prob, advantage, **clip):
     logprobs = torch.tensor([[prob]]).log().requires_grad_()
-    per_token = clipped_policy_loss(logprobs, torch.tensor([[0.5]]).log(), torch.tensor([[advantage]]), **clip)
+    ratio = token_ratio(logprobs, torch.tensor([[0.5]]).log())
+    per_token = clipped_policy_loss(ratio, torch.tensor([[advantage]]), **clip)
     per_token.sum().backward()
     return per_token.item(), logprobs.grad.item()
 
@@ -49,9 +58,7 @@ def test_is_clipped_agrees_with_a_vanished_gradient():
     for prob in (0.2, 0.45, 0.5, 0.55, 0.8):
         for advantage in (-1.0, 1.0):
             _, gradient = loss_and_gradient(prob, advantage, clip_low=0.2, clip_high=0.28)
-            clipped = is_clipped(
-                torch.tensor(prob).log(), torch.tensor(0.5).log(), torch.tensor(advantage), clip_low=0.2, clip_high=0.28
-            )
+            clipped = is_clipped(torch.tensor(prob / 0.5), torch.tensor(advantage), clip_low=0.2, clip_high=0.28)
             assert bool(clipped) == (gradient == 0.0)
 
 
@@ -116,3 +123,96 @@ def test_the_weights_of_all_trained_tokens_sum_to_one(aggregation):
 def test_a_step_without_trained_tokens_has_weights_of_zero_not_nan():
     for aggregation in ("token", "sequence"):
         assert token_weights(torch.zeros(3, dtype=torch.long), aggregation).eq(0).all()
+
+
+def test_the_two_sided_clip_bounds_how_hard_a_bad_token_that_became_likely_pushes():
+    # ratio 4, advantage -1: the plain clip leaves loss 4 with a gradient, the ceiling of 3 leaves 3 and none
+    assert loss_and_gradient(2.0, -1.0, clip_low=0.2, clip_high=0.2) == (pytest.approx(4.0), pytest.approx(4.0))
+    assert loss_and_gradient(2.0, -1.0, clip_low=0.2, clip_high=0.2, ceiling=3.0) == (pytest.approx(3.0), 0.0)
+    # a good token is held by the ordinary clip, whatever the ceiling
+    assert loss_and_gradient(2.0, 1.0, clip_low=0.2, clip_high=0.2, ceiling=3.0) == (pytest.approx(-1.2), 0.0)
+
+
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens_and_each_of_them_gets_its_share_of_the_gradient():
+    logprobs = torch.tensor([2.0, 8.0, 1.0]).log().requires_grad_()  # ratios 2 and 8 in sequence 0, 1 in sequence 1
+    ratio = sequence_ratio(logprobs, torch.zeros(3), torch.tensor([0, 0, 1]))
+    assert_close(ratio, torch.tensor([4.0, 4.0, 1.0]))
+    ratio[0].backward()
+    assert_close(logprobs.grad, torch.tensor([2.0, 2.0, 0.0]))  # ratio / length
+
+
+def test_cispo_weighs_a_token_by_its_clipped_ratio_and_silences_none():
+    logprobs = torch.tensor([0.9, 0.1]).log().requires_grad_()
+    ratio = torch.tensor([9.0, 0.5])
+    per_token = cispo_loss(ratio, logprobs, torch.tensor([1.0, -2.0]), max_ratio=5.0)
+    per_token.sum().backward()
+    assert_close(logprobs.grad, torch.tensor([-5.0, 1.0]))  # -min(r, 5) A
+
+
+def test_sapo_is_the_policy_gradient_at_ratio_one_and_fades_on_both_sides():
+    gradients = []
+    for r in (0.2, 1.0, 1.8):
+        ratio = torch.tensor([r], requires_grad=True)
+        sapo_loss(ratio, torch.tensor([1.0]), temperature_positive=2.0, temperature_negative=3.0).sum().backward()
+        gradients.append(ratio.grad.item())
+    assert gradients[1] == pytest.approx(-1.0)  # 4/tau * tau * sigmoid'(0) = 1
+    # 4 s (1 - s) with s = sigmoid(2 * 0.8): the same on both sides
+    s = 1 / (1 + math.exp(-1.6))
+    assert gradients[0] == pytest.approx(gradients[2])
+    assert gradients[2] == pytest.approx(-4 * s * (1 - s))
+
+
+def test_sapo_takes_its_temperature_from_the_sign_of_the_advantage():
+    values = sapo_loss(torch.ones(2), torch.tensor([1.0, -1.0]), temperature_positive=1.0, temperature_negative=2.0)
+    assert_close(values, torch.tensor([-2.0, 1.0]))  # 4/tau sigmoid(0) = 2/tau
+
+
+@pytest.mark.parametrize(
+    ("level", "mode", "weights"),
+    [
+        ("token", "truncate", [2.0, 0.5, 1.0]),
+        ("token", "mask", [0.0, 0.5, 1.0]),
+        ("sequence", "truncate", [1.5, 1.5, 1.0]),
+        ("sequence", "mask", [1.5, 1.5, 1.0]),
+    ],
+)
+def test_the_sampler_is_corrected_by_a_bounded_weight_per_token_or_per_sequence(level, mode, weights):
+    old = torch.tensor([0.6, 0.2, 0.3]).log().requires_grad_()
+    sampler = torch.tensor([0.2, 0.4, 0.3]).log()  # ratios 3, 1/2 in sequence 0; 1 in sequence 1
+    got = sampler_correction(old, sampler, torch.tensor([0, 0, 1]), level=level, mode=mode, max_ratio=2.0)
+    assert_close(got, torch.tensor(weights))
+    assert not got.requires_grad
+
+
+def test_leave_one_out_compares_with_the_mean_of_the_others():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    assert_close(leave_one_out(rewards, scale_by_std=False), torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
+
+
+def test_batch_normalised_compares_with_the_whole_batch():
+    # mean 1/2, sample variance 4 * 1/4 / 3 = 1/3
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    expected = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    assert_close(batch_normalised(rewards, scale_by_std=True), torch.tensor([[expected] * 2, [-expected] * 2]))
+    assert_close(batch_normalised(torch.full((2, 2), 0.1), scale_by_std=True), torch.zeros(2, 2), rtol=0, atol=0)
+
+
+def test_group_baseline_has_one_scale_for_all_groups():
+    # group means 1/2 and 2: deviations +-1/2, +-1; their sample variance (1/4 + 1/4 + 1 + 1) / 3 = 5/6
+    rewards = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+    scale = math.sqrt(5 / 6) + 1e-4
+    assert_close(group_baseline(rewards, scale_by_std=True), torch.tensor([[0.5, -0.5], [1.0, -1.0]]) / scale)
+    assert_close(group_baseline(torch.full((3, 4), 0.1), scale_by_std=True), torch.zeros(3, 4), rtol=0, atol=0)
+
+
+def test_normalised_components_give_a_small_reward_its_say():
+    # a large component that prefers the first and a hundred times smaller one that prefers the second: as strong as each other
+    components = torch.tensor([[[100.0, 0.0], [0.0, 1.0]], [[100.0, 1.0], [0.0, 0.0]]])
+    advantages = normalised_components(components, torch.tensor([1.0, 1.0]))
+    assert_close(advantages[0], torch.zeros(2), atol=1e-3, rtol=0)
+    assert advantages[1, 0] > 0.5
+    assert advantages[1, 1] < -0.5
+
+
+def test_a_constant_denominator_gives_a_token_the_same_weight_in_short_and_long_sequences():
+    assert_close(token_weights(torch.tensor([1, 4, 0]), "constant", max_length=10), torch.tensor([1 / 20, 1 / 20, 0.0]))

@@ -163,6 +163,33 @@ def test_how_a_step_is_cut_into_micro_batches_does_not_change_its_gradient(make_
     assert_same(captured[0], expected_gradient(trainer, exp))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("algorithm.loss=sequence_clipped", "algorithm.aggregation=sequence"),
+        ("algorithm.loss=sapo", "algorithm.entropy_coefficient=0.01", "algorithm.aggregation=constant"),
+        ("algorithm.sampler_correction=mask", "algorithm.sampler_correction_level=sequence", "algorithm.advantage=group_baseline"),
+    ],
+)  # fmt: skip
+def test_no_member_of_the_family_depends_on_how_a_step_is_cut(make_trainer, captured, options):
+    for folder, budget in (("whole", 10_000), ("cut", 250)):
+        trainer = make_trainer(
+            f"training.tokens_per_micro_batch={budget}", "training.passes_per_batch=2", *options, folder=folder
+        )
+        trainer.update(experience(trainer), Metrics())
+    steps = len(captured) // 2
+    assert steps >= 2  # the later ones are off policy
+    for whole, cut in zip(captured[:steps], captured[steps:], strict=True):
+        assert_same(cut, whole)
+        assert any(gradient.abs().max() > 0 for gradient in whole.values())
+
+
+def test_an_entropy_bonus_reaches_groups_without_signal(make_trainer, captured):
+    trainer = make_trainer("algorithm.entropy_coefficient=0.1")
+    trainer.update(experience(trainer, [1.0] * 4 * G), Metrics())
+    assert any(gradient.abs().max() > 0 for gradient in captured[0].values())
+
+
 def test_groups_without_signal_are_not_computed_but_count_in_the_denominator(make_trainer, captured, monkeypatch):
     trainer = make_trainer("training.tokens_per_micro_batch=120")
     exp = experience(trainer, [1.0] * G + [0.0] * G + [0.0, 1.0, 0.0] * 2)
