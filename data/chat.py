@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from data.records import Demonstration, PreferencePair
 from rlhf.types import Prompt
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ def render_response(scratchpad: str, answer: str) -> str:
     """What an ideal assistant writes: thoughts between the tags (none when it answers at once), then the boxed answer."""
     thoughts = f"{scratchpad}\n" if scratchpad else ""
     return f"{THINK_OPEN}\n{thoughts}{THINK_CLOSE}\n\\boxed{{{answer}}}"
+
+
+def response_of(demonstration: Demonstration) -> str:
+    """What its assistant says: verbatim where the source has it, else rendered from scratchpad and answer."""
+    return demonstration.response or render_response(demonstration.scratchpad, demonstration.answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +58,39 @@ class ChatRenderer:
         assert isinstance(pad, int)
         return pad
 
-    def messages(self, question: str) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        return [*system, {"role": "user", "content": question}]
+    def messages(self, question: str, *, history: Sequence[str] = (), system: str = "") -> list[dict[str, str]]:
+        """The conversation up to a question; `history` alternates user and assistant, `system` replaces the recipe's prompt."""
+        first = system or self.system_prompt
+        turns = [("user", "assistant")[i % 2] for i in range(len(history) + 1)]
+        said = [{"role": role, "content": text} for role, text in zip(turns, [*history, question], strict=True)]
+        return [{"role": "system", "content": first}, *said] if first else said
 
-    def prompt_text(self, question: str) -> str:
-        text = self.tokenizer.apply_chat_template(self.messages(question), add_generation_prompt=True, tokenize=False)
+    def prompt_text(self, question: str, *, history: Sequence[str] = (), system: str = "") -> str:
+        messages = self.messages(question, history=history, system=system)
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert isinstance(text, str)
         return text
 
-    def prompt_ids(self, question: str) -> list[int]:
+    def prompt_ids(self, question: str, *, history: Sequence[str] = (), system: str = "") -> list[int]:
         # The template has written every special token already; a second BOS would be a different prompt.
-        return self.tokenizer.encode(self.prompt_text(question), add_special_tokens=False)
+        text = self.prompt_text(question, history=history, system=system)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def response_ids(self, response: str) -> list[int]:
         """Token ids of an assistant turn, its stop token included."""
         return [*self.tokenizer.encode(response, add_special_tokens=False), self.stop_token_id]
+
+    def demonstration_ids(self, demonstration: Demonstration) -> tuple[list[int], list[int]]:
+        """(prompt, response): the loss is on the response, its stop token included, and on nothing else."""
+        d = demonstration
+        prompt = self.prompt_ids(d.question, history=d.history, system=d.system)
+        return prompt, self.response_ids(self.completion(response_of(d)))
+
+    def pair_ids(self, pair: PreferencePair) -> tuple[list[int], list[int], list[int]]:
+        """(prompt, chosen, rejected), each response with its stop token."""
+        prompt = self.prompt_ids(pair.question, history=pair.history, system=pair.system)
+        chosen, rejected = (self.response_ids(self.completion(r)) for r in (pair.chosen, pair.rejected))
+        return prompt, chosen, rejected
 
     def prompt(self, id: str, question: str, reference: str) -> Prompt:
         return Prompt(id=id, token_ids=tuple(self.prompt_ids(question)), question=question, reference=reference)

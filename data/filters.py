@@ -180,7 +180,7 @@ def refusals(
 
 
 def _broken(text: str, filters: Filters) -> tuple[str, str] | None:
-    if not text.isprintable() and (found := BROKEN.search(text)):
+    if ("\ufffd" in text or not text.isprintable()) and (found := BROKEN.search(text)):
         return "broken text", f"has the character {found[0]!r}"
     if not filters.pictures and (found := PICTURE.search(text)):
         return "picture", f"refers to one: {found[0]!r}"

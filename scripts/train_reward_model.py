@@ -18,12 +18,13 @@ def train_reward_model(config: RewardModel, run: Run) -> None:
         load_tokenizer(config.model.path, revision=config.model.revision), config.chat.system_prompt
     )
 
-    def tokens(pair: PreferencePair, response: str) -> list[int]:
-        return renderer.prompt_ids(pair.question) + renderer.response_ids(renderer.completion(response))
+    def tokens(pair: PreferencePair) -> TokenPair:
+        prompt, chosen, rejected = renderer.pair_ids(pair)
+        return TokenPair(chosen_ids=prompt + chosen, rejected_ids=prompt + rejected)
 
     kept = {}
     for name, records in pairs.items():
-        rendered = [TokenPair(chosen_ids=tokens(p, p.chosen), rejected_ids=tokens(p, p.rejected)) for p in records]
+        rendered = [tokens(pair) for pair in records]
         kept[name] = [p for p in rendered if max(len(p.chosen_ids), len(p.rejected_ids)) <= config.max_tokens]
         say(
             f"{len(kept[name]):,} {name} pairs, {len(rendered) - len(kept[name]):,} left out as longer than max_tokens {config.max_tokens}"

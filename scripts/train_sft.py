@@ -1,6 +1,6 @@
 """Supervised fine-tuning. `accelerate launch scripts/train_sft.py --config recipes/tiny/sft.yaml`"""
 
-from data.chat import ChatRenderer, render_response
+from data.chat import ChatRenderer, response_of
 from data.records import Demonstration, read_records
 from rlhf.config import SFT
 from rlhf.models import check_model_path, load_tokenizer
@@ -13,15 +13,10 @@ def train_sft(config: SFT, run: Run) -> None:
     check_model_path(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
-    renderer.require_round_trip(
-        demonstrations[0].question, render_response(demonstrations[0].scratchpad, demonstrations[0].answer)
-    )
+    renderer.require_round_trip(demonstrations[0].question, response_of(demonstrations[0]))
     examples = [
-        Example(
-            prompt_ids=renderer.prompt_ids(d.question),
-            response_ids=renderer.response_ids(renderer.completion(render_response(d.scratchpad, d.answer))),
-        )
-        for d in demonstrations
+        Example(prompt_ids=prompt, response_ids=response)
+        for prompt, response in map(renderer.demonstration_ids, demonstrations)
     ]
     kept = [e for e in examples if len(e.input_ids) <= config.max_tokens]
     if not kept:
