@@ -83,7 +83,9 @@ def _arguments(path, function):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_recipe_parses(path):
-    if path.parent.name == "accelerate":
+    if path.parent.name == "lm_eval":
+        assert path.read_text().startswith("#")  # a task of another program
+    elif path.parent.name == "accelerate":
         assert "distributed_type" in yaml.safe_load(path.read_text())
     elif path.parent.name != "base":
         schema.load_config(path)
