@@ -7,7 +7,7 @@ Three rules, each with its threshold in the recipe:
   asked for, not a single one: competitions end dozens of problems with the same phrase of more than 13 words ("where m and n are
   relatively prime positive integers. Find m + n").
 - `numbers_blind`: with every run of numbers replaced by one mark, question and problem share at least `similarity` of all their
-  4-grams (Jaccard), and the problem has at least `min_words` words, beside its numbers. It catches problems whose numbers were changed, with a
+  3-grams (Jaccard), and the problem has at least `min_words` words, beside numbers and single letters. It catches problems whose numbers were changed, with a
   word or two.
 
 The report stands in the manifest under `decontamination`, for evaluation to show beside a score:
@@ -49,6 +49,8 @@ from data.words import Hashes, HashSet, Offsets, Words, ngrams, split_words, tex
 Rule = Literal["exact", "ngram", "numbers_blind"]
 BLIND_WORDS = 3
 """Words of the n-grams that numbers-blind matching compares."""
+_LETTERS = HashSet(split_words(["a b c d e f g h i j k l m n o p q r s t u v w x y z"]).hashes)
+"""Single letters are variables more often than words."""
 PAIRS_SHOWN = 200
 TEXT_SHOWN = 300
 
@@ -112,8 +114,8 @@ class EvaluationIndex:
         self._whole = dict(zip(text_hashes(words).tolist(), range(len(questions)), strict=True))
         self._plain = _Postings(*ngrams(words, rules.ngram_words))
         self._blind = _Postings(*ngrams(blind, BLIND_WORDS))
-        marks = np.bincount(blind.texts()[blind.is_number], minlength=len(questions))
-        self._long_enough = blind.counts - marks >= rules.min_words
+        spoken = ~blind.is_number & (_LETTERS.find(blind.hashes) < 0)
+        self._long_enough = np.bincount(blind.texts()[spoken], minlength=len(questions)) >= rules.min_words
 
     def scan(self, questions: Words, whole_rows: Words) -> list[Match]:
         """The problems found in a batch, at most one pair of each row and problem, the strongest rule first.

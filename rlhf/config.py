@@ -219,7 +219,7 @@ class Decontamination(Section):
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Least numbers-blind similarity."""
     min_words: PositiveInt = 12
-    """Problems of fewer words, numbers aside, are not matched numbers-blind: they are set phrases."""
+    """Problems of fewer words, numbers and single letters aside, are not matched numbers-blind: they are set phrases."""
 
 
 class Difficulty(Section):
