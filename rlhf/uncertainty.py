@@ -83,7 +83,13 @@ def bootstrap(per_problem: Sequence[float], *, seed: int = 0) -> Estimate:
     values = _values(per_problem)
     n = values.size
     generator = np.random.default_rng(seed)
-    means = np.concatenate([values[generator.integers(0, n, (100, n))].mean(1) for _ in range(RESAMPLES // 100)])
+    distinct, counts = np.unique(values, return_counts=True)
+    if (
+        8 * distinct.size <= n
+    ):  # accuracies over few samples: how often each value is drawn is multinomial, the same draw at less cost
+        means = generator.multinomial(n, counts / n, RESAMPLES) @ distinct / n
+    else:
+        means = np.concatenate([values[generator.integers(0, n, (100, n))].mean(1) for _ in range(RESAMPLES // 100)])
     tail = (1 - CONFIDENCE) / 2
     if n > 1:
         tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile(1 - tail, n - 1))

@@ -18,12 +18,13 @@ import numpy as np
 
 from reward_models.grading import Grade, GraderPool
 from reward_models.grading.extraction import Accept
+from rlhf import uncertainty
 from rlhf.report import printable
 from rlhf.run import faults_as_sentences
 from rlhf.uncertainty import bootstrap, difference, share, standard_error
 
-Row = tuple[str, str, bool | None]
-"""(completion, reference, label where the file has one)"""
+Row = tuple[str, str, bool | None, str | None]
+"""(completion, reference, label where the file has one, the answer its authors extracted)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +41,22 @@ class Outputs:
 
 
 def harness(row: dict[str, Any]) -> Iterator[Row]:
-    for completion, label in zip(row["code"], row.get("score", [None] * len(row["code"])), strict=True):
-        yield completion, row["gt"], label
+    labels = row.get("score", [None] * len(row["code"]))
+    for completion, label, theirs in zip(row["code"], labels, row["pred"], strict=True):
+        yield completion, row["gt"], label, theirs
 
 
 def nemo(row: dict[str, Any]) -> Iterator[Row]:
-    yield row["generation"], row["expected_answer"], row["symbolic_correct"]
+    yield row["generation"], row["expected_answer"], row["symbolic_correct"], row["predicted_answer"]
 
 
 def rasbt(row: dict[str, Any]) -> Iterator[Row]:
-    yield row["prediction"] or "", row["answer"], None
+    yield row["prediction"] or "", row["answer"], None, None
 
 
 def mathcoder(row: dict[str, Any]) -> Iterator[Row]:
     written = [m["content"] for m in row["debug_result"] if m["role"] == "text"]
-    yield "\n".join(written), row["ground_truth"]["answer"], True
+    yield "\n".join(written), row["ground_truth"]["answer"], True, row["completion"]
 
 
 FILES = (
@@ -83,23 +85,26 @@ def read(file: Path) -> list[dict[str, Any]]:
 def outputs(folder: Path, disagreements: Path | None) -> None:
     """Accuracy of every file under our grader, beside what was published and what its labels say."""
     print(
-        "| file | samples | published | labelled | ours | ours right, label wrong | ours wrong, label right | undecided |"
+        "| file | samples | published | labelled | ours | ours on the answer they extracted | ours right, label wrong | ours wrong, label right | undecided |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     found = []
     for source in FILES:
         rows = [row for raw in read(folder / source.file) for row in source.rows(raw)]
         with GraderPool(workers=2, accept=source.accept) as pool:
-            grades = pool.grade_many([(completion, reference) for completion, reference, _ in rows])
+            grades = pool.grade_many([(completion, reference) for completion, reference, _, _ in rows])
+            theirs = pool.grade_many([(f"\\boxed{{{given or ''}}}", reference) for _, reference, _, given in rows])
         right = [g.verdict == "correct" for g in grades]
         of = source.problems or len(rows)
-        labels = [label for _, _, label in rows if label is not None]
-        more = [i for i, (_, _, label) in enumerate(rows) if label is False and right[i]]
-        fewer = [i for i, (_, _, label) in enumerate(rows) if label is True and not right[i]]
+        labels = [label for _, _, label, _ in rows if label is not None]
+        extracted = sum(g.verdict == "correct" for g in theirs) / of if any(row[3] for row in rows) else None
+        more = [i for i, (_, _, label, _) in enumerate(rows) if label is False and right[i]]
+        fewer = [i for i, (_, _, label, _) in enumerate(rows) if label is True and not right[i]]
         found += [_shown(source.file, i, rows[i], grades[i]) for i in (*more, *fewer)]
         print(
             f"| {source.file} | {len(rows)} | {'-' if source.published is None else f'{source.published:.1%}'} "
             f"| {f'{sum(labels) / of:.1%}' if labels else '-'} | {sum(right) / of:.1%} "
+            f"| {'-' if extracted is None else f'{extracted:.1%}'} "
             f"| {len(more) if labels else '-'} | {len(fewer) if labels else '-'} "
             f"| {sum(g.verdict == 'undecided' for g in grades)} |",
             flush=True,
@@ -109,7 +114,7 @@ def outputs(folder: Path, disagreements: Path | None) -> None:
 
 
 def _shown(file: str, index: int, row: Row, grade: Grade) -> dict[str, Any]:
-    completion, reference, label = row
+    completion, reference, label, _ = row
     return {
         "file": file,
         "row": index,
@@ -128,6 +133,7 @@ def coverage(runs: int) -> None:
         "| problems | samples | difficulty | mean ± z se | mean ± t se | Wilson, clustered (shown) | bootstrap percentiles | expanded (shown) |"
     )
     print("|---|---|---|---|---|---|---|---|")
+    uncertainty.RESAMPLES = 2000  # enough to count how often an interval holds
     rng = np.random.default_rng(0)
     populations = {
         "uniform": (1, 1),
@@ -187,7 +193,7 @@ def main() -> None:
     graded.add_argument("folder", type=Path)
     graded.add_argument("--disagreements", type=Path, metavar="FILE")
     simulated = commands.add_parser("coverage", help="how often the intervals hold the truth")
-    simulated.add_argument("--runs", type=int, default=2000)
+    simulated.add_argument("--runs", type=int, default=1000)
     given = parser.parse_args()
     started = time.perf_counter()
     with faults_as_sentences():
