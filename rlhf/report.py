@@ -169,7 +169,7 @@ def before_and_after(results: dict[str, Any]) -> str:
     """The shown problems with every model's first sample."""
     parts = []
     for problem in results["shown"]:
-        lines = [f"Q  {printable(problem['question'])}", f"   reference: {problem['reference']}"]
+        lines = [f"Q  {printable(problem['question'])}", f"   reference: {printable(problem['reference'])}"]
         for label in results["models"]:
             written = printable(problem[label]).replace("\n", "\n" + " " * 8)
             lines.append(f"   {label}:\n        {written}")
