@@ -23,8 +23,19 @@ from rlhf.report import printable
 from rlhf.run import faults_as_sentences
 from rlhf.uncertainty import bootstrap, difference, share, standard_error
 
-Row = tuple[str, str, bool | None, str | None]
-"""(completion, reference, label where the file has one, the answer its authors extracted)"""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One sample of a public file."""
+
+    completion: str
+    reference: str
+    label: bool | None = None
+    """What the file says of it, where it does."""
+    extracted: str | None = None
+    """The answer its authors found in it."""
+    their_reference: str | None = None
+    """The reference as their harness rewrote it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,21 +53,33 @@ class Outputs:
 
 def harness(row: dict[str, Any]) -> Iterator[Row]:
     labels = row.get("score", [None] * len(row["code"]))
-    for completion, label, theirs in zip(row["code"], labels, row["pred"], strict=True):
-        yield completion, row["gt"], label, theirs
+    for completion, label, extracted in zip(row["code"], labels, row["pred"], strict=True):
+        yield Row(
+            completion=completion,
+            reference=row.get("answer", row["gt"]),  # `gt` went through string rules that lose words and letters
+            label=label,
+            extracted=extracted,
+            their_reference=row["gt"],
+        )
 
 
 def nemo(row: dict[str, Any]) -> Iterator[Row]:
-    yield row["generation"], row["expected_answer"], row["symbolic_correct"], row["predicted_answer"]
+    yield Row(
+        completion=row["generation"],
+        reference=row["expected_answer"],
+        label=row["symbolic_correct"],
+        extracted=row["predicted_answer"],
+    )
 
 
 def rasbt(row: dict[str, Any]) -> Iterator[Row]:
-    yield row["prediction"] or "", row["answer"], None, None
+    yield Row(completion=row["prediction"] or "", reference=row["answer"])
 
 
 def mathcoder(row: dict[str, Any]) -> Iterator[Row]:
     written = [m["content"] for m in row["debug_result"] if m["role"] == "text"]
-    yield "\n".join(written), row["ground_truth"]["answer"], True, row["completion"]
+    reference = row["ground_truth"]["answer"]
+    yield Row(completion="\n".join(written), reference=reference, label=True, extracted=row["completion"])
 
 
 FILES = (
@@ -92,14 +115,16 @@ def outputs(folder: Path, disagreements: Path | None) -> None:
     for source in FILES:
         rows = [row for raw in read(folder / source.file) for row in source.rows(raw)]
         with GraderPool(workers=2, accept=source.accept) as pool:
-            grades = pool.grade_many([(completion, reference) for completion, reference, _, _ in rows])
-            theirs = pool.grade_many([(f"\\boxed{{{given or ''}}}", reference) for _, reference, _, given in rows])
+            grades = pool.grade_many([(row.completion, row.reference) for row in rows])
+            theirs = pool.grade_many(
+                [(f"\\boxed{{{row.extracted or ''}}}", row.their_reference or row.reference) for row in rows]
+            )
         right = [g.verdict == "correct" for g in grades]
         of = source.problems or len(rows)
-        labels = [label for _, _, label, _ in rows if label is not None]
-        extracted = sum(g.verdict == "correct" for g in theirs) / of if any(row[3] for row in rows) else None
-        more = [i for i, (_, _, label, _) in enumerate(rows) if label is False and right[i]]
-        fewer = [i for i, (_, _, label, _) in enumerate(rows) if label is True and not right[i]]
+        labels = [row.label for row in rows if row.label is not None]
+        extracted = sum(g.verdict == "correct" for g in theirs) / of if any(row.extracted for row in rows) else None
+        more = [i for i, row in enumerate(rows) if row.label is False and right[i]]
+        fewer = [i for i, row in enumerate(rows) if row.label is True and not right[i]]
         found += [_shown(source.file, i, rows[i], grades[i]) for i in (*more, *fewer)]
         print(
             f"| {source.file} | {len(rows)} | {'-' if source.published is None else f'{source.published:.1%}'} "
@@ -114,16 +139,15 @@ def outputs(folder: Path, disagreements: Path | None) -> None:
 
 
 def _shown(file: str, index: int, row: Row, grade: Grade) -> dict[str, Any]:
-    completion, reference, label, _ = row
     return {
         "file": file,
         "row": index,
-        "label": label,
+        "label": row.label,
         "verdict": grade.verdict,
         "reason": grade.reason,
-        "reference": printable(reference),
+        "reference": printable(row.reference),
         "extracted": printable(str(grade.extracted)),
-        "end": printable(completion[-200:]),
+        "end": printable(row.completion[-200:]),
     }
 
 
