@@ -445,7 +445,9 @@ class OnlineTraining(Section):
     """Optimizer steps per pass over a rollout batch; beyond the first the data is off policy."""
     passes_per_batch: PositiveInt = 1
     tokens_per_micro_batch: PositiveInt
-    """Padded tokens per rank and forward pass: the memory knob. It never changes the gradient."""
+    """Tokens per rank and forward pass, padding included: the memory knob. It never changes the gradient."""
+    layout: Literal["shared", "padded"] = "shared"
+    """`shared` computes a prompt once for all its completions and pads nothing, where the model's attention allows it."""
     checkpoint_every: PositiveInt = 10
     """Rollout batches between checkpoints."""
     keep_checkpoints: PositiveInt = 2

@@ -24,6 +24,7 @@ MEANING = {
     "policy/kl_sampler": "k3 estimate of KL(sampler || trainer) per token, measured before the policy moves; 0 up to rounding",
     "policy/kl_reference": "estimate of KL(policy || reference) per trained token, only with a reference",
     "policy/grad_norm": "gradient norm before clipping, mean over the batch's optimizer steps",
+    "train/tokens": "tokens a forward pass computes, padding included, mean over the batch's micro-batches",
     "sync/error": "nats per token between engine and trainer on the probe after the sync",
     "seconds/rollout": "time sampling",
     "seconds/reward": "time scoring",

@@ -1,16 +1,16 @@
 """Values that cross a stage boundary. Frozen, named, and each guards its own invariants.
 
-Letters used in shapes everywhere: `P` prompts, `G` samples per prompt, `B` sequences, `T` target positions, `V` vocabulary.
+Letters used in shapes everywhere: `P` prompts, `G` samples per prompt, `B` sequences, `R` rows of `T` tokens, `N` trained tokens, `V` vocabulary.
 
-Alignment, decided here once: a sequence of `T + 1` tokens has `T` targets. `input_ids[:, t]` predicts `targets[:, t]`,
-which is the token at position `t + 1`; every per-token tensor (log-probabilities, advantages, masks) is aligned with targets.
+Alignment, decided here once: every per-token tensor (log-probabilities, ratios, advantages) has one entry for each of the `N` tokens
+trained on, and `scored` says which position's hidden state predicts it: the token before it in its own sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,19 +87,30 @@ RewardFn = Callable[[Sequence[Rollout]], list[Score]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One micro-batch of whole sequences, padded on the right."""
+    """One micro-batch of `R` rows and the `N` tokens of it that are trained on."""
 
     input_ids: Tensor
-    """[B, T] prompt and completion, last token left out."""
-    attention_mask: Tensor
-    """[B, T] True on real tokens."""
+    """[R, T]"""
+    position_ids: Tensor
+    """[R, T] place of each token in its own sequence."""
+    attention_mask: Tensor | None
+    """[R, T] True on real tokens; None where `layout` says who sees whom."""
+    layout: tuple[Any, ...] | None
+    """Groups of a single packed row (rlhf/attention.py); None for padded rows."""
+    scored: Tensor
+    """[N] place, in the rows laid end to end, whose hidden state predicts each trained token."""
     targets: Tensor
-    """[B, T] the next token of each position; 0 where `mask` is False."""
-    mask: Tensor
-    """[B, T] True where the target is a completion token that is trained on."""
+    """[N] the trained tokens."""
+    sequences: Tensor
+    """[N] which of `rows` each of them belongs to, from 0."""
     sampler_logprobs: Tensor
-    """[B, T] as the rollout engine reported them; 0 where `mask` is False."""
+    """[N] as the rollout engine reported them."""
     advantages: Tensor
-    """[B, T] 0 where `mask` is False."""
+    """[N]"""
     rows: tuple[int, ...]
     """[B] index of each sequence in the rollout batch it came from."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens a forward pass computes, padding included."""
+        return self.input_ids.numel()

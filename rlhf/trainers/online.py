@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from rlhf.advantages import ADVANTAGES, normalised_components
+from rlhf.attention import can_share_prefix
 from rlhf.checkpoint import load_newest, save_checkpoint
 from rlhf.config import GRPO
 from rlhf.distributed import clip_and_step, gather, global_max, micro_batch, unwrap
 from rlhf.kl import KL, k3
-from rlhf.logprobs import token_entropy, token_logprobs
 from rlhf.losses import (
     cispo_loss,
     clipped_policy_loss,
@@ -40,9 +40,10 @@ from rlhf.losses import (
 )
 from rlhf.masking import token_weights
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
-from rlhf.packing import pack, token_budget_chunks
+from rlhf.packing import pack_padded, pack_shared, padded_chunks, shared_chunks
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.run import Run, say
+from rlhf.scorer import Scorer
 from rlhf.types import Batch, Prompt, RewardFn, Rollout, Score
 from rlhf.weight_sync import Probe, WeightSync
 
@@ -160,10 +161,17 @@ class OnlineTrainer:
             num_warmup_steps=o.warmup_steps,
             num_training_steps=steps,
         )
-        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        obstacle = can_share_prefix(policy.config)
+        self.shares_prompts = config.training.layout == "shared" and obstacle is None
+        if config.training.layout == "shared" and obstacle is not None:
+            say(f"prompts are computed once for each sample, not once for each group: the model has {obstacle}")
+        scorer = Scorer(policy, share_prompts=self.shares_prompts)
+        self.policy, self.optimizer = accelerator.prepare(scorer, optimizer)
         self.scheduler = scheduler
         accelerator.register_for_checkpointing(scheduler)
-        self.reference = reference.to(accelerator.device).eval() if reference is not None else None
+        self.reference = None
+        if reference is not None:
+            self.reference = Scorer(reference.to(accelerator.device), share_prompts=self.shares_prompts).eval()
         self.policy_version, self.first_batch = 0, 0
         saved = load_newest(accelerator, self.checkpoints)
         if saved is not None:
@@ -179,7 +187,8 @@ class OnlineTrainer:
 
     @property
     def unwrapped(self) -> Any:
-        return unwrap(self.accelerator, self.policy)
+        """The model inside the scorer inside whatever accelerate put around it."""
+        return unwrap(self.accelerator, self.policy).model
 
     @property
     def checkpoints(self) -> Path:
@@ -297,7 +306,7 @@ class OnlineTrainer:
     # ------------------------------------------------------------------------------------------------------- one optimizer step
 
     def _plan(self, experience: Experience, rows: list[int]) -> list[tuple[Batch, Tensor]]:
-        """Micro-batches of one optimizer step, each with the weight of its sequences; the same number on every rank.
+        """Micro-batches of one optimizer step, each with the weight of its tokens; the same number on every rank.
 
         Sequences without advantage have no gradient unless a KL penalty or an entropy bonus gives them one, so they are not
         computed; the denominator counts them all the same.
@@ -311,11 +320,9 @@ class OnlineTrainer:
         weight_of = dict(zip(rows, weights[offset : offset + len(rows)].tolist(), strict=True))
         everything = self.reference is not None or self.config.algorithm.entropy_coefficient > 0
         needed = [i for i in rows if experience.trained[i] and (experience.advantages[i] != 0 or everything)]
-        totals = [len(experience.rollouts[i].prompt.token_ids) + len(experience.rollouts[i].token_ids) for i in needed]
-        chunks = [
-            [needed[j] for j in chunk]
-            for chunk in token_budget_chunks(totals, self.config.training.tokens_per_micro_batch)
-        ]
+        chunks = (shared_chunks if self.shares_prompts else padded_chunks)(
+            experience.rollouts, needed, self.config.training.tokens_per_micro_batch
+        )
         nothing = torch.zeros_like(experience.trained)
         plan = [self._pack(experience, chunk, experience.trained, weight_of) for chunk in chunks]
         idle = global_max(self.accelerator, max(1, len(chunks))) - len(chunks)
@@ -324,42 +331,35 @@ class OnlineTrainer:
     def _pack(
         self, experience: Experience, rows: list[int], trained: Tensor, weight_of: dict[int, float]
     ) -> tuple[Batch, Tensor]:
-        batch = pack(experience.rollouts, rows, experience.advantages, trained, pad_token_id=self.pad_token_id)
-        return batch, torch.tensor([weight_of[i] for i in rows])
-
-    def _forward(self, model: Any, batch: Batch) -> Tensor:
-        """Logits at the trained targets: [N, V]."""
-        device = self.accelerator.device
-        logits = model(
-            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
-        ).logits
-        return logits[batch.mask.to(device)]
+        if self.shares_prompts:
+            batch = pack_shared(experience.rollouts, rows, experience.advantages, trained)
+        else:
+            batch = pack_padded(
+                experience.rollouts, rows, experience.advantages, trained, pad_token_id=self.pad_token_id
+            )
+        return batch, torch.tensor([weight_of[i] for i in batch.rows])[batch.sequences]
 
     @torch.no_grad()
     def _logprobs(self, batch: Batch, model: Any | None = None) -> Tensor:
         """[N] log-probabilities of the trained targets, without gradient."""
-        logits = self._forward(model or self.policy, batch)
-        return token_logprobs(
-            logits, batch.targets[batch.mask].to(logits.device), temperature=self.config.rollout.temperature
-        )
+        return (model or self.policy)(batch, self.config.rollout.temperature)[0]
 
     def _optimizer_step(
         self, plan: list[tuple[Batch, Tensor]], old: list[Tensor] | None, metrics: Metrics
     ) -> list[Tensor]:
         """One optimizer step; returns the old log-probabilities it used, for later passes."""
-        algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
+        algorithm = self.config.algorithm
         used: list[Tensor] = []
         total_loss = 0.0
         local = Metrics()
         for i, (batch, weights) in enumerate(plan):
             last = i == len(plan) - 1
             with micro_batch(self.accelerator, self.policy, last=last):
-                logits = self._forward(self.policy, batch)
-                targets = batch.targets[batch.mask].to(logits.device)
-                logprobs = token_logprobs(logits, targets, temperature=temperature)
+                logprobs, entropy = self.policy(batch, self.config.rollout.temperature)
+                device = logprobs.device
                 old_logprobs = logprobs.detach() if old is None else old[i]
-                advantages = batch.advantages[batch.mask].to(logits.device)
-                sequences = batch.mask.nonzero()[:, 0].to(logits.device)
+                advantages, sequences = batch.advantages.to(device), batch.sequences.to(device)
+                sampler_logprobs = batch.sampler_logprobs.to(device)
                 ratio = (
                     sequence_ratio(logprobs, old_logprobs, sequences)
                     if algorithm.loss == "sequence_clipped"
@@ -369,7 +369,7 @@ class OnlineTrainer:
                 if algorithm.sampler_correction != "none":
                     correction = sampler_correction(
                         old_logprobs,
-                        batch.sampler_logprobs[batch.mask].to(logits.device),
+                        sampler_logprobs,
                         sequences,
                         level=algorithm.sampler_correction_level,
                         mode=algorithm.sampler_correction,
@@ -378,16 +378,14 @@ class OnlineTrainer:
                     per_token = per_token * correction
                     local.add("policy/sampler_correction", total=correction.sum().item(), count=correction.numel())
                 if algorithm.entropy_coefficient > 0:
-                    per_token = per_token - algorithm.entropy_coefficient * token_entropy(
-                        logits, temperature=temperature
-                    )
+                    per_token = per_token - algorithm.entropy_coefficient * entropy
                 if self.reference is not None:
                     kl = KL[algorithm.kl_estimator](logprobs, self._logprobs(batch, self.reference))
                     per_token = per_token + algorithm.kl_coefficient * kl
                     local.add("policy/kl_reference", total=kl.sum().item(), count=kl.numel())
-                weight = weights.unsqueeze(1).expand(batch.mask.shape)[batch.mask].to(logits.device)
-                loss = (per_token * weight).sum()  # 0, with a gradient of 0, on an idle pass
-                self._describe_tokens(local, batch, logits, ratio, old_logprobs, advantages)
+                loss = (per_token * weights.to(device)).sum()  # 0, with a gradient of 0, on an idle pass
+                self._describe_tokens(local, ratio, advantages, entropy, k3(sampler_logprobs, old_logprobs))
+                local.add("train/tokens", total=batch.num_tokens, count=1)
                 self._require_finite(loss)
                 total_loss += loss.item()
                 if last:
@@ -430,19 +428,17 @@ class OnlineTrainer:
 
     @torch.no_grad()
     def _describe_tokens(
-        self, metrics: Metrics, batch: Batch, logits: Tensor, ratio: Tensor, old_logprobs: Tensor, advantages: Tensor
+        self, metrics: Metrics, ratio: Tensor, advantages: Tensor, entropy: Tensor, kl_sampler: Tensor
     ) -> None:
-        algorithm, count = self.config.algorithm, ratio.numel()
+        algorithm = self.config.algorithm
         clipped = is_clipped(ratio, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
-        metrics.add("policy/clip_fraction", total=clipped.sum().item(), count=count)
-        metrics.add("policy/ratio", total=ratio.sum().item(), count=count)
-        metrics.add(
-            "policy/entropy",
-            total=token_entropy(logits, temperature=self.config.rollout.temperature).sum().item(),
-            count=count,
-        )
-        sampler = batch.sampler_logprobs[batch.mask].to(logits.device)
-        metrics.add("policy/kl_sampler", total=k3(sampler, old_logprobs).sum().item(), count=count)
+        for name, values in (
+            ("clip_fraction", clipped),
+            ("ratio", ratio),
+            ("entropy", entropy),
+            ("kl_sampler", kl_sampler),
+        ):
+            metrics.add(f"policy/{name}", total=values.sum().item(), count=values.numel())
 
     def _check_kl(self, metrics: Metrics) -> None:
         """Before the step is taken: the engine and the trainer must be the same policy."""

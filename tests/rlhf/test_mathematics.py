@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from rlhf.advantages import batch_normalised, group_baseline, group_relative, leave_one_out, normalised_components
 from rlhf.kl import k1, k2, k3
-from rlhf.logprobs import token_entropy, token_logprobs
+from rlhf.logprobs import chunked_logprobs, token_entropy, token_logprobs
 from rlhf.losses import (
     cispo_loss,
     clipped_policy_loss,
@@ -216,3 +216,29 @@ def test_normalised_components_give_a_small_reward_its_say():
 
 def test_a_constant_denominator_gives_a_token_the_same_weight_in_short_and_long_sequences():
     assert_close(token_weights(torch.tensor([1, 4, 0]), "constant", max_length=10), torch.tensor([1 / 20, 1 / 20, 0.0]))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_log_probabilities_in_chunks_have_the_values_and_gradients_of_the_whole(chunk):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.tensor([0, 4, 2, 2, 1, 3, 0])
+    up, up_entropy = torch.randn(7, generator=generator), torch.randn(7, generator=generator)
+    hidden, weight = torch.randn(7, 6, generator=generator), torch.randn(5, 6, generator=generator)
+    results = []
+    for compute in (
+        lambda h, w: chunked_logprobs(h, w, targets, temperature=0.7, chunk=chunk),
+        lambda h, w: (token_logprobs(h @ w.T, targets, temperature=0.7), token_entropy(h @ w.T, temperature=0.7)),
+    ):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropy = compute(*leaves)
+        ((logprobs * up).sum() + (entropy * up_entropy).sum()).backward()
+        results.append((logprobs, entropy, leaves[0].grad, leaves[1].grad))
+    for ours, whole in zip(*results, strict=True):
+        assert_close(ours, whole)
+
+
+def test_no_trained_token_gives_a_gradient_of_zero_and_not_none():
+    hidden, weight = torch.randn(0, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    logprobs, _ = chunked_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), temperature=1.0)
+    logprobs.sum().backward()
+    assert weight.grad.eq(0).all()

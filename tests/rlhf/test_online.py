@@ -15,7 +15,7 @@ from rlhf.kl import k3
 from rlhf.logprobs import token_logprobs
 from rlhf.metrics import Metrics, read_jsonl
 from rlhf.models import load_causal_lm
-from rlhf.packing import pack, token_budget_chunks
+from rlhf.packing import pack_padded, pack_shared, padded_chunks, shared_chunks
 from rlhf.rollout.engine import build_engine
 from rlhf.run import Run
 from rlhf.trainers.online import OnlineTrainer, prompts_of_batch, score_rollouts
@@ -88,7 +88,9 @@ def captured(monkeypatch):
     steps = []
 
     def capture(accelerator, model, optimizer, scheduler, max_grad_norm):
-        steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        steps.append(
+            {n.removeprefix("model."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
         optimizer.zero_grad()
         return 1.0
 
@@ -122,7 +124,7 @@ def expected_gradient(trainer, exp, *, aggregation="token", kl_coefficient=0.0):
         if kl_coefficient:
             with torch.no_grad():
                 reference = token_logprobs(
-                    trainer.reference(input_ids=tokens[:, :-1]).logits[0, start_at:], targets, temperature=1.0
+                    trainer.reference.model(input_ids=tokens[:, :-1]).logits[0, start_at:], targets, temperature=1.0
                 )
             per_token = per_token + kl_coefficient * k3(logp, reference)
         weight = 1 / sum(lengths) if aggregation == "token" else 1 / (len(rollout.token_ids) * len(lengths))
@@ -193,13 +195,11 @@ def test_an_entropy_bonus_reaches_groups_without_signal(make_trainer, captured):
 def test_groups_without_signal_are_not_computed_but_count_in_the_denominator(make_trainer, captured, monkeypatch):
     trainer = make_trainer("training.tokens_per_micro_batch=120")
     exp = experience(trainer, [1.0] * G + [0.0] * G + [0.0, 1.0, 0.0] * 2)
-    passes = []
-    forward = trainer._forward
-    monkeypatch.setattr(
-        trainer, "_forward", lambda model, batch: (passes.append(len(batch.rows)), forward(model, batch))[1]
-    )
+    packed = []
+    pack = online.pack_shared
+    monkeypatch.setattr(online, "pack_shared", lambda *a: (packed.append(a[1]), pack(*a))[1])
     trainer.update(exp, Metrics())
-    assert sum(passes) == 2 * G
+    assert sorted(i for rows in packed for i in rows) == list(range(2 * G, 4 * G))
     assert_same(captured[0], expected_gradient(trainer, exp))
 
 
@@ -234,22 +234,26 @@ def test_advantages_are_those_of_the_whole_group_before_truncated_completions_ar
 
 
 def test_garbage_in_every_masked_position_changes_nothing(make_trainer, captured, monkeypatch):
-    trainer = make_trainer()
-    exp = experience(trainer)
-    trainer.update(exp, Metrics())
-    original = online.pack
+    original = online.pack_padded
 
     def poisoned(*args, **kwargs):
         batch = original(*args, **kwargs)
-        for tensor in (batch.sampler_logprobs, batch.advantages):
-            tensor[~batch.mask] = float("nan")
-        batch.targets[~batch.mask] = 3
         batch.input_ids[~batch.attention_mask] = 5
         return batch
 
-    monkeypatch.setattr(online, "pack", poisoned)
-    trainer.update(exp, Metrics())
-    assert_same(captured[1], captured[0])
+    for layout in ("padded", "shared"):
+        trainer = make_trainer(f"training.layout={layout}", folder=layout)
+        exp = experience(trainer, [None, 1.0, 0.0] + [0.0, 1.0, 0.0] * 3)
+        trainer.update(exp, Metrics())
+        monkeypatch.setattr(online, "pack_padded", poisoned)
+        exp.advantages[~exp.trained] = float("nan")
+        for i in range(G):
+            exp.rollouts[i] = dataclasses.replace(
+                exp.rollouts[i], logprobs=(float("nan"),) * len(exp.rollouts[i].token_ids)
+            )
+        trainer.update(exp, Metrics())
+        assert_same(captured[-1], captured[-2])
+    assert_same(captured[-1], captured[0])  # and both layouts agree
 
 
 def test_later_minibatches_are_compared_with_the_policy_that_sampled(make_trainer):
@@ -374,31 +378,59 @@ def test_every_epoch_takes_every_prompt_once_in_a_fresh_order_that_the_seed_fixe
     assert prompts_of_batch(10, 0, 10, seed=1) != prompts_of_batch(10, 0, 10, seed=0)
 
 
-def test_chunks_respect_the_budget_with_padding_counted_and_lose_nothing():
-    lengths = [5, 9, 2, 9, 7, 1]
-    chunks = token_budget_chunks(lengths, 18)
+def rollouts_of(renderer, *groups):
+    """One rollout for each length, the lengths of a group answering the same prompt."""
+    rollouts = []
+    for g, lengths in enumerate(groups):
+        prompt = dataclasses.replace(renderer.prompt("p", "q", "1"), token_ids=(90 + g, 5, 6))
+        for length in lengths:
+            rollouts.append(
+                Rollout(
+                    prompt=prompt, token_ids=tuple(range(10, 10 + length)), logprobs=(-1.0,) * length, finish_reason="stop", text="", policy_version=0
+                )
+            )  # fmt: skip
+    return rollouts
+
+
+def test_padded_chunks_respect_the_budget_with_padding_counted_and_lose_nothing(renderer):
+    rollouts = rollouts_of(renderer, [3, 7, 1], [7, 5, 1])
+    widths = [3 + len(r.token_ids) - 1 for r in rollouts]
+    chunks = padded_chunks(rollouts, range(6), 18)
     assert sorted(i for chunk in chunks for i in chunk) == list(range(6))
-    assert all(max(lengths[i] for i in chunk) * len(chunk) <= 18 for chunk in chunks)
+    assert all(max(widths[i] for i in chunk) * len(chunk) <= 18 for chunk in chunks)
     with pytest.raises(ValueError, match="tokens_per_micro_batch"):
-        token_budget_chunks([19], 18)
+        padded_chunks(rollouts, range(6), 8)
 
 
-def test_packing_aligns_targets_with_the_token_before_them(renderer):
-    prompt = renderer.prompt("p", "q", "1")
-    rollout = Rollout(
-        prompt=prompt,
-        token_ids=(11, 12, 13),
-        logprobs=(-0.1, -0.2, -0.3),
-        finish_reason="stop",
-        text="",
-        policy_version=0,
-    )
-    longer = dataclasses.replace(rollout, token_ids=(21, 22, 23, 24, 25), logprobs=(-1.0,) * 5)
-    batch = pack([rollout, longer], [0, 1], torch.tensor([2.0, -1.0]), torch.tensor([True, True]), pad_token_id=0)
-    assert batch.targets[0][batch.mask[0]].tolist() == [11, 12, 13]
-    where = batch.mask[0].nonzero()[:, 0]
-    assert batch.input_ids[0][where].tolist() == [prompt.token_ids[-1], 11, 12]
-    assert_close(batch.sampler_logprobs[0][batch.mask[0]], torch.tensor([-0.1, -0.2, -0.3]))
-    assert batch.advantages[0][batch.mask[0]].tolist() == [2.0] * 3
-    assert batch.mask[1].sum() == 5
-    assert batch.attention_mask.sum(1).tolist() == [len(prompt.token_ids) + 2, len(prompt.token_ids) + 4]
+def test_shared_chunks_count_a_prompt_once_and_cut_a_group_only_when_they_must(renderer):
+    rollouts = rollouts_of(renderer, [4, 4, 4], [3, 2], [9, 9, 9])
+    # prompts of 3: group 0 takes 3 + 9 = 12, group 1 takes 3 + 3 = 6, group 2 takes 3 + 24 = 27 and is cut into 19 and 11
+    chunks = shared_chunks(rollouts, range(8), 20)
+    assert [sorted(chunk) for chunk in chunks] == [[5, 6], [0, 1, 2, 3, 4], [7]]
+    with pytest.raises(ValueError, match="a sequence of 11 tokens exceeds training.tokens_per_micro_batch 10"):
+        shared_chunks(rollouts, range(8), 10)
+
+
+def test_a_packed_row_holds_each_prompt_once_and_scores_every_token_from_the_one_before_it(renderer):
+    rollouts = rollouts_of(renderer, [3, 1], [2])
+    batch = pack_shared(rollouts, [0, 2, 1], torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, True, True]))
+    assert batch.input_ids.tolist() == [[90, 5, 6, 10, 11, 91, 5, 6, 10]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert batch.rows == (0, 1, 2)
+    assert batch.targets.tolist() == [10, 11, 12, 10, 10, 11]
+    assert batch.scored.tolist() == [2, 3, 4, 2, 7, 8]
+    assert batch.sequences.tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch.advantages.tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]
+    assert [(g.prompt, g.completions) for g in batch.layout] == [((0, 3), ((3, 5),)), ((5, 8), ((8, 9),))]
+
+
+def test_padded_rows_score_every_token_from_the_one_before_it(renderer):
+    rollouts = rollouts_of(renderer, [3, 5])
+    batch = pack_padded(rollouts, [0, 1], torch.tensor([2.0, -1.0]), torch.tensor([True, True]), pad_token_id=0)
+    assert batch.targets.tolist() == [10, 11, 12, 10, 11, 12, 13, 14]
+    assert batch.input_ids.flatten()[batch.scored].tolist() == [6, 10, 11, 6, 10, 11, 12, 13]
+    assert batch.attention_mask.sum(1).tolist() == [5, 7]
+    assert batch.advantages.tolist() == [2.0] * 3 + [-1.0] * 5
+    left_out = pack_padded(rollouts, [0, 1], torch.tensor([2.0, -1.0]), torch.tensor([False, True]), pad_token_id=0)
+    assert left_out.targets.tolist() == [10, 11, 12, 13, 14]
+    assert left_out.sequences.tolist() == [1] * 5

@@ -1,0 +1,59 @@
+"""A causal language model as the loop uses it: log-probabilities of the trained tokens of a micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.attention import NAME
+from rlhf.logprobs import chunked_logprobs, token_entropy, token_logprobs
+from rlhf.types import Batch
+
+
+def has_plain_head(model: Any) -> bool:
+    """Whether logits are hidden @ weight.T and nothing else."""
+    scaled = any(getattr(model.config, key, None) not in (None, 1.0) for key in _HEAD_SCALES)
+    return not scaled and getattr(model.get_output_embeddings(), "bias", None) is None
+
+
+_HEAD_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class Scorer(nn.Module):
+    """Runs a model over a `Batch` and scores its trained tokens, without logits of any other position.
+
+    A module of its own, so that what accelerate and DeepSpeed wrap, and hook gradients into, is the whole computation.
+
+    Args:
+        model: of transformers, for causal language modelling.
+        share_prompts: whether batches are packed rows with a layout.
+    """
+
+    def __init__(self, model: Any, *, share_prompts: bool) -> None:
+        super().__init__()
+        self.model, self.plain_head = model, has_plain_head(model)
+        model.set_attn_implementation(NAME if share_prompts else "sdpa")
+
+    def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        """[N] log-probabilities of the targets and [N] entropies, in nats at the sampler's temperature."""
+        device = next(self.model.parameters()).device
+        extra = {"layout": batch.layout} if batch.layout is not None else {}
+        output = (self.model.base_model if self.plain_head else self.model)(
+            input_ids=batch.input_ids.to(device),
+            position_ids=batch.position_ids.to(device),
+            attention_mask=None if batch.attention_mask is None else batch.attention_mask.to(device),
+            use_cache=False,
+            **extra,
+        )
+        states = output.last_hidden_state if self.plain_head else output.logits
+        selected = states.flatten(0, 1).index_select(0, batch.scored.to(device))
+        targets = batch.targets.to(device)
+        if not self.plain_head:
+            logprobs = token_logprobs(selected, targets, temperature=temperature)
+            return logprobs, token_entropy(selected, temperature=temperature)
+        weight = self.model.get_output_embeddings().weight
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        with torch.autocast(device.type, enabled=False):
+            return chunked_logprobs(selected.to(dtype), weight.to(dtype), targets, temperature=temperature)
