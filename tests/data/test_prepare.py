@@ -391,3 +391,27 @@ def test_a_source_of_which_nothing_is_left_gives_an_empty_file_and_a_full_accoun
     assert (manifest["kept"], dropped(manifest)) == (0, {"malformed": 1, "no words": 1})
     with pytest.raises(ValueError, match="holds no records"):
         read_records(Problem, tmp_path / "out/train.parquet")
+
+
+DIFFICULTY = """
+stage: curate_data
+output_dir: {out}
+sources: [{{name: jsonl, path: {path}}}]
+duplicates: {{near_threshold: null}}
+processes: 1
+difficulty:
+  policy: {{path: {model}}}
+  rollout: {{engine: transformers, samples_per_prompt: 2, max_prompt_tokens: 100, max_new_tokens: 8, dtype: float32}}
+  max_pass_rate: 0.5
+"""
+
+
+@pytest.mark.slow
+def test_pass_rates_are_measured_by_a_real_policy_and_the_real_graders(tmp_path, model_folder):
+    path = write(tmp_path / "a.jsonl", [{"problem": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(5)])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DIFFICULTY.format(out=tmp_path / "out", path=path, model=model_folder))
+    command = [sys.executable, "scripts/prepare_data.py", "--config", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "5 pass rates" in done.stdout
+    assert [r.pass_rate for r in read_records(Problem, tmp_path / "out/train.parquet")] == [0.0] * 5
