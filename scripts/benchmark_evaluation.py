@@ -88,7 +88,7 @@ FILES = (
     Outputs(file="rho-math-1b-interpreter-v0.1_minerva.jsonl", rows=harness, accept="marked", published=0.406),
     Outputs(file="rho-math-7b-interpreter-v0.1_minerva.jsonl", rows=harness, accept="marked", published=0.518),
     Outputs(file="tora70b_gsm8k.jsonl", rows=harness, accept="marked", published=0.843),
-    Outputs(file="mathcoder_l7b_math_correct.jsonl", rows=mathcoder, accept="bare", published=0.233, problems=5000),
+    Outputs(file="mathcoder_l7b_math_correct.jsonl", rows=mathcoder, accept="bare", published=None, problems=5000),
     Outputs(file="qwen_math_cot_100.jsonl", rows=harness, accept="boxed", published=None),
     Outputs(file="nemo_output_rs0.jsonl", rows=nemo, accept="boxed", published=None),
     Outputs(file="nemo_output_rs1.jsonl", rows=nemo, accept="boxed", published=None),
