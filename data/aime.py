@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from data.hendrycks_math import level_of
 from data.records import Problem
 from data.sources import Source, answer_text, last_boxed, text
 
@@ -17,13 +18,12 @@ def to_problem(row: Mapping[str, Any], key: str) -> list[Problem]:
     if not answer.isdecimal() or not 0 <= int(answer) <= 999:
         raise ValueError(f"the answer of an AIME problem is a whole number from 0 to 999, got {answer!r:.40}")
     year, exam, number = (row.get(name) for name in ("year", "aime_number", "problem_number"))
-    difficulty = row.get("difficulty")
     return [
         Problem(
             id=f"aime-{year}-{exam}-{number}" if isinstance(year, int) and exam and number else key,
             question=text(row, "problem", "question"),
             answer=str(int(answer)),
-            level=round(difficulty) if isinstance(difficulty, int | float) else 0,
+            level=level_of(row),
             solution=solution if isinstance(solution, str) else "",
         )
     ]

@@ -39,8 +39,8 @@ def turns_of(messages: Any) -> list[tuple[str, str]]:
         if not isinstance(message, Mapping):
             raise ValueError(f"expected a message, got {message!r:.80}")
         role = message.get("role", message.get("from"))
-        if role not in ROLES:
-            raise ValueError(f"a message has the role {role!r}; known: {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"a message has the role {role!r:.40}; known: {', '.join(ROLES)}")
         turns.append((ROLES[role], text(message, "content", "value")))
     return turns
 

@@ -49,7 +49,7 @@ def is_lines(path: Path) -> bool:
         first = file.readline(BLOCK).strip()
     try:
         return isinstance(json.loads(first), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -131,7 +131,7 @@ def _lines(path: Path, lines: Any, first_row: int) -> Iterator[tuple[str, int, A
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row = Unreadable(f"not valid JSON: {error}")
         yield f"{path}:{number + 1}", number, row
 
@@ -146,7 +146,7 @@ def _values(path: Path) -> Iterator[tuple[str, int, Any]]:
             continue
         try:
             value, position = decoder.raw_decode(text, position)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield f"{path} value {number + 1}", number, Unreadable(f"not valid JSON: {error}")
             return
         for row in value if isinstance(value, list) else [value]:

@@ -10,10 +10,10 @@ from data.sources import Source, answer_text, last_boxed, text
 
 
 def level_of(row: Mapping[str, Any]) -> int:
-    """`Level 3`, 3 or 3.0 as 3; 0 where it is unknown (`Level ?`)."""
+    """`Level 3`, 3 or 3.0 as 3, 4.5 as 4; 0 where it is unknown (`Level ?`, null, or no number from 0 to 99)."""
     value = row.get("level", row.get("difficulty"))
-    digits = str(value).removeprefix("Level ").removesuffix(".0")
-    return int(digits) if digits.isdecimal() else 0
+    whole = str(value).removeprefix("Level ").partition(".")[0] if isinstance(value, str | int | float) else ""
+    return int(whole) if whole.isdecimal() and len(whole) <= 2 else 0
 
 
 def to_problem(row: Mapping[str, Any], key: str) -> list[Problem]:

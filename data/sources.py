@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +104,21 @@ def read_slice(source: Source, part: Slice, *, prefix: str) -> Iterator[tuple[st
             if not isinstance(row, Mapping):
                 raise ValueError(f"expected an object, got {type(row).__name__}")
             records = source.convert(row, f"{prefix}-{number}")
+            for record in records:
+                _require_unicode(record)
         except ValueError as error:
             yield origin, Refused(origin=origin, reason=str(error))
         else:
             yield origin, records
+
+
+def _require_unicode(record: AnyRecord) -> None:
+    """Raises a ValueError for half a surrogate pair, which JSON can spell and no file can hold."""
+    for name in record.__slots__:
+        value = getattr(record, name)
+        for part in value if isinstance(value, list) else (value,):
+            if isinstance(part, str) and not part.isascii():
+                part.encode()
 
 
 def read_source(
@@ -135,12 +147,14 @@ def id_prefix(source: Source, split: str, file: int, num_files: int) -> str:
 # -------------------------------------------------------------------------------------------- what converters read rows with
 
 
-def text(row: Mapping[str, Any], *names: str) -> str:
+def text(row: Any, *names: str) -> str:
     """The first of the fields that is there, stripped.
 
     Raises:
         ValueError: when none is there, or it is no text or empty.
     """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object with {names[0]!r}, got {row!r:.80}")
     for name in names:
         if row.get(name) is not None:
             value = row[name]
@@ -159,6 +173,8 @@ def answer_text(row: Mapping[str, Any], *names: str) -> str:
     """Like `text`, for answers: a number is written out, 27.0 as 27."""
     for name in names:
         value = row.get(name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"field {name!r} is {value}, which is no answer")
         if isinstance(value, float) and value.is_integer():
             return str(int(value))
         if isinstance(value, int | float) and not isinstance(value, bool):

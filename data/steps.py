@@ -89,6 +89,8 @@ def _rated_completions(step: Any) -> tuple[list[tuple[str, bool]], tuple[str, bo
     if not isinstance(step, Mapping):
         raise ValueError(f"expected a step, got {step!r:.80}")
     completions = step.get("completions") or []
+    if not isinstance(completions, list) or not all(isinstance(c, Mapping) for c in completions):
+        raise ValueError(f"field 'completions' must be a list of objects, got {completions!r:.80}")
     ratings = [rating_of(completion) for completion in completions]
     rated = [(text(c, "text"), r) for c, r in zip(completions, ratings, strict=True) if r is not None]
     if (human := step.get("human_completion")) is not None:

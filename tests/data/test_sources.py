@@ -1,5 +1,6 @@
 """Sources: what a row becomes, what is refused and why, and that the real files are read whole."""
 
+import copy
 import gzip
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from data.catalog import BENCHMARKS, CATALOG, load_benchmark, read_benchmark
 from data.files import slices
+from data.shards import to_table
 from data.sources import Refused, last_boxed, read_slice, read_source
 
 REAL = Path(__file__).parents[3] / "shared/data"
@@ -310,3 +312,72 @@ def test_the_real_files_are_read_and_what_is_refused_is_counted(name, split, pat
     assert (len(records), len(out)) == (kept, refused)
     assert len({r.id for r in records}) == kept
     assert all(isinstance(r, Refused) and r.reason for r in out)
+
+
+# ------------------------------------------------------------------------------------------------------- whatever a row holds
+
+TALK = "\n\nHuman: one?\n\nAssistant:"
+PROBLEM = {"problem": "p", "question": "p", "answer": "1", "level": "Level 3", "solution": r"\boxed{1}", "year": 1983}
+VALID = {
+    "gsm8k": {"question": "q", "answer": "a #### 1"},
+    "gsm8k_solutions": {"question": "q", "answer": "a #### 1"},
+    **dict.fromkeys(("math", "math500", "aime24", "aime25", "aime", "amc23", "minerva", "jsonl"), PROBLEM),
+    "olympiadbench": {"id": 1, "question": "q", "context": None, "final_answer": ["1"], "solution": ["s"]},
+    "hh_rlhf": {"chosen": TALK + " a", "rejected": TALK + " b"},
+    "pairs": {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+    "ultrafeedback": {"prompt": "q", "chosen": messages("q", "a"), "rejected": messages("q", "b"), "score_chosen": 8.0, "score_rejected": 7.5},
+    "chat": {"messages": messages("a", "b", "c", "d")},
+    "openr1_math": openr1(),
+    "numina_math": {"problem": "p", "solution": "s", "answer": "1"},
+    "prm800k": prm800k(1, 0, -1),
+    "math_shepherd": {"input": "q Step 1: a ки\nStep 2: b ки", "label": "q Step 1: a +\nStep 2: b -"},
+    "processbench": {"id": "m-1", "problem": "p", "steps": ["a", "b"], "label": 1},
+    "prmbench": {"question": "p", "modified_process": ["a", "b"], "error_steps": [2]},
+    "steps": {"prompt": "p", "completions": ["a"], "labels": [True]},
+}  # fmt: skip
+JUNK = [None, True, 0, -100, 1.0, 4.5, float("nan"), float("inf"), "", " ", "x", "\ud800", "\0", [], [None], [[]], {}, [{}], [{"role": []}], 10**30]  # fmt: skip
+
+
+def places(value, path=()):
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def test_there_is_a_row_of_every_source_here():
+    assert set(VALID) == set(CATALOG)
+    assert all(CATALOG[name].convert(row, "key") for name, row in VALID.items())
+
+
+@pytest.mark.parametrize("name", sorted(VALID))
+def test_a_row_becomes_records_that_parquet_can_hold_or_is_refused_whatever_it_holds(name, tmp_path):
+    mutants = []
+    for path in places(VALID[name]):
+        for junk in JUNK:
+            row = copy.deepcopy(VALID[name])
+            inner = row
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = junk
+            mutants.append(row)
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mutants))
+    (part,) = slices(tmp_path / "m.jsonl", bytes_per_slice=1 << 30)
+    outcomes = [outcome for _, outcome in read_slice(CATALOG[name], part, prefix="x")]
+    assert len(outcomes) == len(mutants)
+    for outcome in outcomes:
+        assert isinstance(outcome, Refused) or len(to_table(CATALOG[name].kind, list(outcome))) == len(outcome)
+
+
+def test_nesting_without_end_is_no_json(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("[" * 100_000 + "\n" + '{"problem": "p", "answer": "1"}\n')
+    problems, refused = read_benchmark("jsonl", path=str(tmp_path / "mine.jsonl"), revision=None)
+    assert (len(problems), "not valid JSON" in refused[0].reason) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("level", "number"), [("Level 3", 3), (3.0, 3), ("4.5", 4), ("Level ?", 0), (None, 0), (1e30, 0)]
+)
+def test_a_level_that_is_no_number_is_unknown(level, number):
+    assert convert("math", {"problem": "p", "answer": "1", "level": level})[0].level == number
