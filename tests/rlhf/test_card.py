@@ -28,7 +28,7 @@ def problem(id, correct=True, **more):
 
 
 def card(problems, **more):
-    blocks = dict.fromkeys(("model", "sampling", "engine", "grader", "hardware", "cost"), {"key": HOSTILE})
+    blocks = {key: {"key": HOSTILE} for key in ("model", "sampling", "engine", "grader", "hardware", "cost")}
     return Card(**{
         "label": "base", **blocks, "benchmark": {"name": HOSTILE}, "prompt": {"system_prompt": HOSTILE, "example": HOSTILE},
         "contamination": None, "commit": "abc", "scores": summarise(problems, pass_at=(1,), seed=0), **more,
