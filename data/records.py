@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -131,8 +132,7 @@ def parse_record(kind: type[Record], row: Any) -> Record:
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
-    hints = get_type_hints(kind)
-    required = [f.name for f in dataclasses.fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    hints, required = _fields_of(kind)
     for name in required:
         if name not in row:
             raise ValueError(f"field {name!r} is missing (has: {', '.join(sorted(row)) or 'nothing'})")
@@ -141,6 +141,14 @@ def parse_record(kind: type[Record], row: Any) -> Record:
             raise ValueError(f"unknown field {name!r}; a {kind.__name__} has {', '.join(hints)}")
         _check_type(name, value, hints[name])
     return kind(**row)
+
+
+@cache
+def _fields_of(kind: type) -> tuple[dict[str, Any], list[str]]:
+    """(type of each field, names of those without a default)."""
+    fields = dataclasses.fields(kind)
+    required = [f.name for f in fields if f.default is MISSING and f.default_factory is MISSING]
+    return get_type_hints(kind), required
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

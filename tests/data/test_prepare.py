@@ -363,6 +363,34 @@ def test_pairs_and_steps_keep_their_fields_through_parquet(tmp_path):
     assert record.labels == [True, False]
 
 
+def test_parquet_is_read_by_row_groups_and_gives_what_json_lines_give(mine, tmp_path):
+    import pyarrow as pa
+
+    rows = [json.loads(line) for line in Path(mine).read_text().splitlines()]
+    columns = {name: [row.get(name) for row in rows] for name in ("problem", "answer", "level")}
+    pq.write_table(pa.table(columns), tmp_path / "mine.parquet", row_group_size=17)
+    lines = run(plan(mine), tmp_path / "lines")
+    groups = run(plan(str(tmp_path / "mine.parquet"), shard_bytes=100), tmp_path / "groups")
+    assert dropped(lines) == dropped(groups)
+    tables = [pq.read_table(tmp_path / name / "train.parquet").sort_by("id") for name in ("lines", "groups")]
+    assert tables[0].equals(tables[1])
+    assert groups["dropped"]["malformed"]["examples"][0]["row"].endswith("mine.parquet row 101")
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_text("no")
+    with pytest.raises(ValueError, match=r"a.parquet is not a readable parquet file"):
+        run(plan(str(tmp_path / "a.parquet")), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows():
+    command = [sys.executable, "scripts/benchmark_data.py", "memory", "--rows", "300000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    gib = float(done.stdout.rsplit(" GiB at most", 1)[0].rsplit(" ", 1)[1])
+    assert gib < 1.5, done.stdout  # 0.75 at 10 million rows
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
