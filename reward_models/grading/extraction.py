@@ -22,10 +22,10 @@ MAX_SENTENCE = 600
 """Characters after a marker, or of a bare text."""
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,3}(?=[{\d])")
-_TAG = re.compile(r"<answer>(.{0,5000}?)</answer>", re.DOTALL | re.IGNORECASE)
-_HASHES = re.compile(r"####[ \t]*([^\n]{1,300})")
+_HASHES = re.compile(r"####[ \t]*([^\n]*?[\d\\$][^\n]{0,300})")
 _MARKER = re.compile(
     r"(?:final\s+answer|\banswer(?:\s+to\s+(?:this|the)\s+(?:question|problem))?)\b[*_ \t]{0,4}(?:\n{0,2}(?:is\b|[:=])[*_ \t]{0,4}){1,2}(?:that\b)?"
+    r"|final answer\**[ \t]*\n+"
     r"|\banswer\s+(?=\\\(|\$)|(?:^|\n)[ \t]*A:",
     re.IGNORECASE,
 )
@@ -34,14 +34,21 @@ _MATH = re.compile(r"\$\$([^$]{1,600})\$\$|\$([^$]{1,600})\$|\\\((.{1,600}?)\\\)
 _SENTENCE_END = re.compile(
     r"\n|[.!?](?=\s+[A-Z<]|\s*$)|<\|im_|</s>|(?<!\d),(?=\s+(?:as|which means|so)\b)|,?\s(?=(?:since|because)\b)"
 )
+_GAP = r"(?:[\s$.]|\\[()\[\]]|\\q?quad)*"
 _JOINS = re.compile(
-    r"(?:[\s$.]|\\[()\[\]]|\\q?quad)*(?:,|\band\b|\\text\{\s*and\s*\})(?:[\s$.]|\\[()\[\]]|\\q?quad|[a-zA-Z]_?\{?\d?\}?\s*=)*"
+    rf"{_GAP}(?:,|,?\s*\b(?:and|or)\b|,?\s*\\text\{{\s*(?:and|or)\s*\}})(?:{_GAP}[a-zA-Z]_?\{{?\d?\}}?\s*=)?{_GAP}"
 )
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_DIGITS = re.compile(r"\d+")
+_PLACEHOLDER = re.compile(r"\s*(?:\.{2,}|\\[lc]?dots|(?:your |final )?answer|result)?\s*", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w:.])[-−]?\$?\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d+)?%?(?![\w])")
 _PLACES = re.compile(r"[€£$¥%°²³]|(?:cm|mm|km|m|kg|g|ml)\b[²³]?")
-_FINAL_NUMBER = re.compile(r"(?<![\w.,/])([-−]?\$?\d[\d,]*(?:\.\d+)?%?)\s?(?:[€£$¥°]|[a-zA-Z]{1,10}[²³]?)?[.!]?$")
-_SIGNED = re.compile(r"[=$:(]\s*[-−]\s*\\?$")
+_FINAL_NUMBER = re.compile(
+    r"(?<![\w.,/^:*+=])(?<![-+*/^=:]\s)([-−]?\$?\d[\d,]*(?:\.\d+|/\d+)?%?)\s?(?:[€£$¥°]|[a-zA-Z]{1,10}[²³]?)?[.!]?$"
+)
+_SIGNED = re.compile(r"[=$:(][^\S\n]*[-−]\s*\\?$")
 """What stands before `-\\boxed{7}`."""
+_VAGUE = re.compile(r"(?:between|at least|at most|less|more|greater|fewer|either|over|under)\b", re.IGNORECASE)
 _DENIES = re.compile(r"\s*(?:not\b|neither\b|n't\b|unknown\b|unclear\b|never\b)", re.IGNORECASE)
 
 
@@ -76,7 +83,7 @@ def extract(completion: str, accept: Accept = "boxed") -> Extracted:
 
 def reference_answer(reference: str) -> str:
     """The answer inside a reference, which may be one, or a sentence or a whole solution that boxes or marks it."""
-    found = _last_box(reference, join_all=True)
+    found = _last_box(reference, reference=True)
     if found is not None:
         return found[1].answer or ""
     if len(reference) > 40 or re.match(r"(?i)\s*the (?:final )?answer", reference):
@@ -87,57 +94,70 @@ def reference_answer(reference: str) -> str:
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of every closed box that is not inside another, braces nested as they come."""
-    found, position = [], 0
-    while match := _BOX.search(text, position):
-        start = match.end()
-        if text[start] != "{":
-            digits = re.compile(r"\d+").match(text, start)
+    """(start, end, content) of every closed box that is not inside another, in order, braces nested as they come.
+
+    One pass with a stack of open braces, so a box that never closes costs nothing and hides none that follows it.
+    """
+    starts = {match.end(): match.start() for match in _BOX.finditer(text)}
+    found: list[tuple[int, int, str]] = []
+    for place, start in starts.items():
+        if text[place] != "{":
+            digits = _DIGITS.match(text, place)
             assert digits is not None
-            found.append((match.start(), digits.end(), digits.group()))
-            position = digits.end()
-            continue
-        depth, position = 1, start + 1
-        while position < len(text) and depth:
-            if text[position] == "\\":
-                position += 1  # an escaped brace is a character
-            elif text[position] == "{":
-                depth += 1
-            elif text[position] == "}":
-                depth -= 1
-            position += 1
-        if not depth:
-            found.append((match.start(), position, text[start + 1 : position - 1]))
-    return found
+            found.append((start, digits.end(), digits.group()))
+    stack: list[int] = []
+    for brace in _BRACE.finditer(text):
+        if brace.group() == "{":
+            stack.append(brace.start())
+        elif brace.group() == "}" and stack:
+            opened = stack.pop()
+            if opened in starts:
+                found.append((starts[opened], brace.end(), text[opened + 1 : brace.start()]))
+    outermost: list[tuple[int, int, str]] = []
+    for box in sorted(found, key=lambda box: (box[0], -box[1])):
+        if not outermost or box[0] >= outermost[-1][1]:
+            outermost.append(box)
+    return outermost
 
 
-def _last_box(text: str, *, join_all: bool = False) -> tuple[int, Extracted] | None:
-    """The last box with those that it continues: `\\boxed{2} and \\boxed{3}` is one answer of two parts."""
-    found = boxes(text)
+def _last_box(text: str, *, reference: bool = False) -> tuple[int, Extracted] | None:
+    """The last box that holds something, with those that it continues: `\\boxed{2} and \\boxed{3}` is one answer of two parts.
+
+    In a reference a few words may stand between the parts.
+    """
+    closed = boxes(text)
+    found = [box for box in closed if not _PLACEHOLDER.fullmatch(box[2])] or closed
     if not found:
         return None
     parts = [found[-1]]
     for box in reversed(found[:-1]):
         between = text[box[1] : parts[0][0]]
-        if len(between) > 40 or not (join_all or _JOINS.fullmatch(between)):
+        loosely = (
+            reference
+            and len(between) <= 40
+            and re.search(r",|\band\b|\bor\b", between)
+            and not re.search(r"=|\.\s", between)
+        )
+        if len(between) > 60 or not (loosely or _JOINS.fullmatch(between)):
             break
         parts.insert(0, box)
     contents = list(dict.fromkeys(part[2] for part in parts))
     if len(parts) == 1 and _SIGNED.search(text[max(0, parts[0][0] - 12) : parts[0][0]]):
         contents = ["-" + contents[0]]
-    # A box whose content starts with one of its own, as in \boxed{\boxed{7}}
     answer = ", ".join(contents)
-    inner = boxes(answer) if len(contents) == 1 else []
+    inner = boxes(answer) if len(contents) == 1 else []  # \\boxed{\\boxed{7}}
     return found[-1][0], Extracted(inner[-1][2] if inner else answer, "boxed")
 
 
 def _last_tag(text: str) -> tuple[int, Extracted] | None:
-    matches = list(_TAG.finditer(text))
-    if not matches:
+    lowered = text.lower()
+    end = lowered.rfind("</answer>")
+    start = lowered.rfind("<answer>", 0, end) if end >= 0 else -1
+    if start < 0 or end - start > 5_000:
         return None
-    content = matches[-1].group(1).strip()
+    content = text[start + len("<answer>") : end].strip()
     inner = _last_box(content)
-    return matches[-1].start(), Extracted(content if inner is None else inner[1].answer, "answer_tag")
+    return start, Extracted(content if inner is None else inner[1].answer, "answer_tag")
 
 
 def _marked(text: str) -> Extracted | None:
@@ -171,8 +191,11 @@ def _core(said: str) -> str:
     pieces = [next(g for g in m.groups() if g is not None) for m in _MATH.finditer(said)]
     outside = _MATH.sub(" ", said).strip(" .,:")
     tail = said[max((m.end() for m in _MATH.finditer(said)), default=0) :]
-    if pieces and (after := _NUMBER.findall(tail)):  # "the coefficient of $x$ is 15"
-        return after[-1]
+    stated = re.search(r"\b(?:is|are|was|equals)\s+(?=[-−$\d])", tail)
+    if pieces and stated and (after := _NUMBER.match(tail, stated.end())):  # "the coefficient of $x$ is 15"
+        return after.group()
+    if _VAGUE.match(said):
+        return said
     if pieces:
         joined = re.fullmatch(r"(?:\s|,|and|or|\.)*", outside)
         return ", ".join(pieces) if joined and len(pieces) > 1 and re.search(r",|and|or", outside) else pieces[-1]
@@ -196,6 +219,6 @@ def _bare(text: str) -> Extracted | None:
     outside = _MATH.sub(" ", line)
     if pieces and re.search(r"[A-Za-z]{2,}", outside) and len(outside.split()) > 2 and "$" not in outside:
         return Extracted(pieces[-1], "bare_mathematics")
-    if not pieces and len(line.split()) > 4 and (ending := _FINAL_NUMBER.search(line)):
+    if not pieces and len(line.split()) > 2 and " or " not in line and (ending := _FINAL_NUMBER.search(line)):
         return Extracted(ending.group(1), "bare_number")
     return Extracted(line, "bare")

@@ -35,14 +35,14 @@ FUNCTIONS = frozenset(
 ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "operatorname": "", "floor": "floor"}
 CONSTANTS = {"pi": "pi", "infty": "inf", "infinity": "inf", "inf": "inf", "oo": "inf", "e": "e", "i": "i"}
 RELATIONS = {
-    "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=",
-    "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=", "\\approx": "=", "\\in": "in", "\\equiv": "==",
+    "=": "=", "≈": "≈", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=",
+    "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=", "\\approx": "≈", "\\in": "in", "\\equiv": "==",
     "\\sim": "~", "\\to": "to", "\\rightarrow": "to", "\\mapsto": "to", "\\subset": "sub", "\\subseteq": "sub", "\\mid": "|", "\\implies": "=>",
     "\\perp": "perp", "\\parallel": "par", "\\cong": "cong", "\\colon": ":", "\\iff": "<=>",
 }  # fmt: skip
 OPERATORS = {
     "\\cdot": "*", "\\times": "*", "\\ast": "*", "\\div": "/", "\\pm": "±", "\\mp": "∓", "\\cup": "∪", "\\cap": "∩", "\\setminus": "∖",
-    "\\backslash": "∖", "\\bmod": "mod", "\\mod": "mod", "\\pmod": "mod", "\\circ": "°", "\\degree": "°", "\\%": "%", "\\{": "\\{", "\\}": "\\}",
+    "\\backslash": "∖", "\\bmod": "mod", "\\mod": "mod", "\\pmod": "pmod", "\\circ": "°", "\\degree": "°", "\\%": "%", "\\{": "\\{", "\\}": "\\}",
     "\\lbrace": "\\{", "\\rbrace": "\\}", "\\lbrack": "[", "\\rbrack": "]", "\\vert": "|", "\\lvert": "|", "\\rvert": "|", "\\|": "|",
     "\\lfloor": "⌊", "\\rfloor": "⌋", "\\lceil": "⌈", "\\rceil": "⌉", "\\langle": "⟨", "\\rangle": "⟩", "\\\\": "\\\\", "\\prime": "'",
     "\\$": "$", "\\#": "#", "\\&": "&", "\\_": "_", "\\lor": "or", "\\vee": "or", "\\land": "and", "\\wedge": "and", "**": "^",
@@ -50,19 +50,19 @@ OPERATORS = {
 _SPACES = frozenset(("\\,", "\\!", "\\;", "\\:", "\\ ", "\\>", "\\quad", "\\qquad", "\\left", "\\right", "\\big", "\\Big", "\\bigl", "\\bigr", "\\Bigl",
     "\\Bigr", "\\bigg", "\\Bigg", "\\biggl", "\\biggr", "\\displaystyle", "\\textstyle", "\\limits", "\\nolimits", "\\hspace", "\\phantom", "\\hfill",
     "\\allowbreak", "\\null", "\\strut", "\\middle", "\\enspace", "\\thinspace", "\\nonumber", "\\rm", "\\bf", "\\it", "\\mathopen", "\\mathclose"))  # fmt: skip
-_STYLES = "text|textbf|textit|textrm|textnormal|texttt|textsf|mathrm|mathbf|mathit|mathsf|mathcal|mathbb|mathfrak|boldsymbol|bm|mbox|hbox|operatorname\\*?|emph|underline|ensuremath"
-_STYLE = re.compile(rf"\\(?:{_STYLES})\s*\{{([^{{}}]*)\}}")
+_STYLES = "text|textbf|textit|textrm|textnormal|texttt|textsf|mathrm|mathbf|mathit|mathsf|mathcal|mathfrak|boldsymbol|bm|mbox|hbox|operatorname\\*?|emph|underline|ensuremath"
+_STYLE = re.compile(rf"\\(?:{_STYLES})\s*\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
 _BARE_STYLE = re.compile(rf"\\(?:{_STYLES})(?![a-zA-Z])")
 _ESCAPES = (("\x0crac", "\\frac"), ("\x0c", "\\f"), ("\x08oxed", "\\boxed"), ("\x08egin", "\\begin"), ("\x08inom", "\\binom"), ("\times", "\\times"),
     ("\text{", "\\text{"), ("\tfrac", "\\tfrac"), ("\theta", "\\theta"), ("\tan", "\\tan"), ("\right", "\\right"), ("\rangle", "\\rangle"))  # fmt: skip
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "—": "-", "‐": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/", "π": " pi ", "∞": " inf ", "√": "\\sqrt ", "∛": "\\cbrt ",
-    "≤": "<=", "≥": ">=", "≦": "<=", "≧": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "≈": "=", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∖": "\\setminus ",
+    "≤": "<=", "≥": ">=", "≦": "<=", "≧": ">=", "⩽": "<=", "⩾": ">=", "≠": "!=", "≈": "\\approx ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∖": "\\setminus ",
     "±": "\\pm ", "∓": "\\mp ", "°": "\\circ ", "º": "\\circ ", "′": "'", "’": "'", "“": '"', "”": '"', "…": "...", "∅": "\\emptyset ", "ℝ": "R", "ℤ": "Z", "ℕ": "N",
     "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "μ": "\\mu ", "ω": "\\omega ", "φ": "\\phi ", "σ": "\\sigma ", "Δ": "\\Delta ",
     "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅕": "\\frac{1}{5}", "⅛": "\\frac{1}{8}",
     "{": "{", "（": "(", "）": ")", "，": ",", "：": ":", "；": ";", "＝": "=", "＋": "+", "％": "%", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "\ufeff": "",
-    "€": " euros ", "£": " pounds ", "¥": " yen ", "\t": " ",
+    "€": "\\$", "£": "\\$", "¥": "\\$", "\t": " ",
 })  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
@@ -80,7 +80,13 @@ _TOKEN = re.compile(
 
 
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_BUILDER = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|\||:)\s*([^{}|:]{1,200}?)\\\}")
+_BUILDER = re.compile(
+    r"\\\{\s*\(?[a-zA-Z]\)?\s*(?:\\in\s*(?:\\mathbb\s*\{?)?[A-Z]\}?\s*)?(?:\\[,;: ]\s*)*(?:\\mid|\\middle\s*\||\\vert|\||:)(?:\\[,;: ])*\s*"
+    r"((?:[^{}|:]|\{[^{}]*\}){1,200}?)\\\}"
+)
+_ROW_GAP = re.compile(r"\\\\\s*\[\s*-?\d+(?:\.\d+)?\s*(?:pt|em|ex|mm|cm)\s*\]")
+_COLOUR = re.compile(r"\\(?:text)?color\s*\{\s*\w+\s*\}")
+_INFIX = re.compile(r"\{([^{}]*)\\(choose|over)(?![a-z])([^{}]*)\}")
 """`\\{x | condition\\}` is its condition."""
 
 
@@ -90,6 +96,12 @@ def clean(text: str) -> str:
         text = _DOLLAR.sub(" ", text)
     for broken, repaired in _ESCAPES:
         text = text.replace(broken, repaired)
+    text = _ROW_GAP.sub(r"\\\\ ", text)
+    text = _COLOUR.sub("", text)
+    text = _INFIX.sub(
+        lambda m: f"\\{'binom' if m.group(2) == 'choose' else 'frac'}{{{m.group(1)}}}{{{m.group(3)}}}", text
+    )
+    text = text.strip().strip("*").rstrip("\\") if not text.endswith("\\}") else text.strip().strip("*")
     text = _SUPERSCRIPT.sub(lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
     text = _SUBSCRIPT.sub(lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text).translate(_UNICODE)
     text = (
@@ -148,7 +160,7 @@ def tokenize(text: str) -> list[Token]:
         elif kind in ("base", "repeated"):
             tokens.append(Token("base" if kind == "base" else "number", piece, spaced))
         elif kind == "word":
-            tokens += _words(piece, spaced, quoted)
+            tokens += _words(piece, spaced, quoted, follows=bool(tokens))
         elif kind == "command":
             tokens += _command(piece, spaced)
         elif piece == '"':
@@ -169,7 +181,7 @@ def tokenize(text: str) -> list[Token]:
     return tokens
 
 
-def _words(letters: str, spaced: bool, quoted: bool) -> list[Token]:
+def _words(letters: str, spaced: bool, quoted: bool, *, follows: bool = False) -> list[Token]:
     """A run of letters: a known name, the product of single letters, or a word."""
     lower = letters.lower()
     if lower in ("and", "or"):
@@ -185,8 +197,10 @@ def _words(letters: str, spaced: bool, quoted: bool) -> list[Token]:
     if len(letters) == 1:
         if letters in ("e", "i"):
             return [Token("constant", letters, spaced)]
-        if quoted and letters in "mgshl":
+        if quoted and (letters in "mgshl" or (letters.isupper() and follows)):
             return [Token("word", letters, spaced)]
+        return [Token("symbol", letters, spaced)]
+    if letters.isupper() and not quoted:  # a segment, an angle, a name of economics: one thing, in this order
         return [Token("symbol", letters, spaced)]
     if (quoted and len(letters) > 2) or len(letters) > 3 or (lower in _SHORT_WORDS and not letters.isupper()):
         for name in ("sqrt", "sin", "cos", "tan", "log", "ln", "pi"):  # sinx, pir
@@ -230,6 +244,8 @@ def _command(name: str, spaced: bool) -> list[Token]:
         return [Token("operator", "...", spaced)]
     if letters in ("emptyset", "varnothing"):
         return [Token("constant", "emptyset", spaced)]
+    if letters in ("mathbb", "Bbb"):
+        return []
     if letters == "angle" or letters == "triangle" or letters == "therefore":
         return []
     if letters in (

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from reward_models.grading.notation import Token, Unreadable, clean, tokenize
+from reward_models.grading.notation import Token, Unreadable, clean, tokenize, unstyle
 
 MAX_DEPTH = 40
 MAX_DIGITS = 1_200
@@ -171,16 +171,13 @@ class Parser:
             elif self.at("/"):
                 self.take()
                 node = Node("divide", (node, self.signed()))
-            elif self.at("mod"):
-                self.take()
-                node = Node("call", (node, self.signed()), name="mod")
+            elif self.at("mod", "pmod"):
+                name = self.take().text
+                node = Node("call", (node, self.signed()), name=name)
             elif self.starts_atom(token):
                 if token.kind == "number" and self.tokens[self.position - 1].kind == "number":
-                    node = self.mixed_number(node)
-                    continue
-                implicit = self.power()
-                mixed = _is_mixed(node, implicit, self.tokens, self.position)
-                node = Node("add" if mixed else "multiply", (node, implicit))
+                    raise Unreadable("two numbers side by side")
+                node = Node("multiply", (node, self.power()))
             else:
                 break
         while (unit := self.unit()) is not None:
@@ -188,14 +185,21 @@ class Parser:
         return node
 
     def mixed_number(self, whole: Node) -> Node:
-        """`1 1/2`; two numbers side by side mean nothing else."""
-        numerator = number(self.take().text)
-        if whole.op != "number" or not self.at("/"):
-            raise Unreadable("two numbers side by side")
-        self.take()
-        if not self.at(kind="number"):
-            raise Unreadable("two numbers side by side")
-        return Node("add", (whole, Node("divide", (numerator, number(self.take().text)))))
+        """`3\\frac{1}{2}` and `3 1/2` are 3.5: an integer with a proper fraction of integers after it."""
+        start = self.position
+        if self.at("frac", kind="command"):
+            fraction = self.atom()
+            if _is_proper(fraction):
+                return Node("add", (whole, fraction))
+        elif self.at(kind="number") and (slash := self.peek(1)) is not None and slash.text == "/":
+            numerator = number(self.take().text)
+            self.take()
+            if self.at(kind="number"):
+                fraction = Node("divide", (numerator, number(self.take().text)))
+                if _is_proper(fraction):
+                    return Node("add", (whole, fraction))
+        self.position = start
+        return whole
 
     def starts_atom(self, token: Token) -> bool:
         if token.kind in ("number", "base", "symbol", "constant", "function"):
@@ -211,7 +215,11 @@ class Parser:
         if not self.at(kind="word"):
             if self.at("/") and (after := self.peek(1)) is not None and after.kind == "word":
                 self.take()
-                return "/ " + self.take().text
+                word = "/ " + self.take().text
+                if self.at("^"):
+                    self.take()
+                    word += "^" + _flat(self.power_operand())
+                return word
             return None
         word = self.take().text
         if self.at(".") and self.position < len(self.tokens):
@@ -239,6 +247,8 @@ class Parser:
 
     def power(self) -> Node:
         node = self.atom()
+        if node.op == "number" and not node.digits:
+            node = self.mixed_number(node)
         while True:
             if self.at("^"):
                 self.take()
@@ -260,7 +270,9 @@ class Parser:
                 node = Node("call", (node,), name="prime")
             elif self.at("_"):
                 self.take()
-                node = Node("call", (node, self.subscript()), name="subscript")
+                base = node.args[0] if node.op == "power" else node  # r^2_0 is r_0^2
+                named = _with_subscript(base, self.subscript())
+                node = Node("power", (named, node.args[1])) if node.op == "power" else named
             else:
                 return node
 
@@ -289,7 +301,7 @@ class Parser:
         """What stands after `_`: an expression, else its letters as a name (`\\max`, `\\text{red}`)."""
         start = self.position
         try:
-            return self.power_operand()
+            return Node("negate", (self.atom(),)) if self.at("-") and self.take() else self.atom()
         except Unreadable:
             self.position = start
         first, name = self.take(), ""
@@ -348,9 +360,10 @@ class Parser:
         raise Unreadable(f"{token.text} where a value belongs")
 
     def _one_atom_ahead(self) -> bool:
-        """Whether `(t)` follows: `x(t)` is a function of t, `x(t + 1)` more likely a product."""
+        """Whether `(t)` follows: `x(t)` is a function of t, `x(t + 1)` and `x(2)` more likely products."""
         inner, after = self.peek(1), self.peek(2)
-        return inner is not None and inner.kind in ("symbol", "number") and after is not None and after.text == ")"
+        kinds = ("symbol",) if self.tokens[self.position - 1].text in "xyzabcdkmn" else ("symbol", "number")
+        return inner is not None and inner.kind in kinds and after is not None and after.text == ")"
 
     def bracket(self, opening: str, _: str) -> Node:
         bars, self.bars = self.bars, 0
@@ -391,9 +404,9 @@ class Parser:
             if self.take().text == "^":
                 power = self.power_operand()
             else:
-                base = self.power_operand()
+                base = self.atom()
         if name in ("sqrt", "cbrt"):
-            argument = self.group()
+            argument = self.atom()
         elif self.at("("):
             argument = self.bracket("(", self.take().text)
         elif self.at("{"):
@@ -434,8 +447,8 @@ class Parser:
                     self.take()
                     index = self.sum()
                     self.expect("]")
-                    return Node("call", (self.group(), index), name="root")
-                return Node("call", (self.group(),), name=name)
+                    return Node("call", (self.atom(), index), name="root")
+                return Node("call", (self.atom(),), name=name)
             case "begin":
                 return self.matrix()
             case "sum" | "prod" | "int" | "lim":
@@ -496,21 +509,27 @@ class Parser:
         return Node("matrix", tuple(rows), name="det" if name == "vmatrix" else "")
 
 
-def _is_mixed(whole: Node, fraction: Node, tokens: list[Token], position: int) -> bool:
-    """`3\\frac{1}{2}` is 3.5: an integer followed by a proper fraction of integers."""
-    if whole.op != "number" or whole.digits or fraction.op != "divide":
+def _is_proper(fraction: Node) -> bool:
+    if fraction.op != "divide":
         return False
     top, bottom = fraction.args
-    return (
-        top.op == bottom.op == "number" and top.value is not None and bottom.value is not None and not top.digits and not bottom.digits
-        and 0 < top.value < bottom.value
-    )  # fmt: skip
+    whole = top.op == bottom.op == "number" and not top.digits and not bottom.digits
+    return whole and top.value is not None and bottom.value is not None and 0 < top.value < bottom.value
+
+
+def _with_subscript(node: Node, subscript: Node) -> Node:
+    """`a_1` as a name; `(101)_2` as a number in a base."""
+    literal = node.op == "number" and not node.digits and node.value is not None and node.value.denominator == 1
+    if literal and subscript.op == "number" and subscript.value is not None and 2 <= subscript.value <= 36:
+        return Node("base", name=f"{node.value}_{subscript.value}")
+    return Node("call", (node, subscript), name="subscript")
 
 
 def _flat(node: Node) -> str:
     return str(node.value) if node.value is not None else node.name or node.op
 
 
+_LABEL = re.compile(r"\s*\\text\w*\s*\{\s*(?:final\s+)?answer", re.IGNORECASE)
 _LEAD_IN = re.compile(
     r"^\s*(?:(?:approximately|about|exactly|equals?|is|are|the|roughly|around|answer|value|values|of|therefore|so|thus|hence|and)\b\s*|\\approx|=|:)+",
     re.IGNORECASE,
@@ -530,4 +549,10 @@ def parse(text: str, *, grouped: bool = True) -> Node:
     text = clean(text)
     if not grouped:
         text = text.replace(",", ", ")
-    return Parser(tokenize(_LEAD_IN.sub("", text))).answer()
+    return Parser(
+        tokenize(
+            _LEAD_IN.sub(
+                "", unstyle(_LEAD_IN.sub("", text)).lstrip(' "') if _LABEL.match(text) else _LEAD_IN.sub("", text)
+            )
+        )
+    ).answer()

@@ -25,6 +25,11 @@ MAX_BITS = 60_000
 MAX_EXPONENT_BITS = 200
 """Of the binary exponent of an inexact number."""
 
+MAX_STEPS = 20_000
+"""Nodes evaluated for one value; trees may share parts."""
+INTEGER_POINTS = range(4, 10)
+WIDE_POINTS = range(10, 16)
+
 Value = Any
 """A Fraction, or a number of an mpmath context."""
 
@@ -45,16 +50,24 @@ class Evaluator:
 
     Args:
         digits: of inexact numbers.
-        point: which assignment of numbers to symbols; 0 and 1 are positive, in 2 and 3 every symbol is negative once.
+        point: which assignment of numbers to symbols; 0 and 1 are positive, in 2 and 3 every symbol is
+            negative once, then come integers of both parities, then numbers from -99 to 99.
     """
 
     def __init__(self, digits: int, point: int = 0) -> None:
         self.mp, self.digits, self.point = context(digits), digits, point
+        self.steps = 0
+        self.lost: list[int] = []
+        """Decimal exponents of summands too small to be seen in their sum at this precision."""
 
     # --------------------------------------------------------------------------------------------------------------- values
 
     def symbol(self, name: str) -> Fraction:
         drawn = int.from_bytes(hashlib.sha256(f"{self.point}:{name}".encode()).digest()[:4], "big")
+        if self.point in INTEGER_POINTS:
+            return Fraction(drawn % 60 + 4)
+        if self.point in WIDE_POINTS:
+            return Fraction(drawn % 200_003 - 100_000, 1009)
         value = Fraction(drawn % 9973 + 2500, 4999)
         sign = hashlib.sha256(name.encode()).digest()[0] & 1
         return -value if self.point == 2 + sign else value
@@ -92,6 +105,9 @@ class Evaluator:
     # ----------------------------------------------------------------------------------------------------------- evaluation
 
     def __call__(self, node: Node) -> Value:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise Unreadable("too many operations")
         return self.checked(self.evaluate(node))
 
     def evaluate(self, node: Node) -> Value:
@@ -118,7 +134,7 @@ class Evaluator:
             case "percent":
                 return self.times(self(node.args[0]), Fraction(1, 100))
             case "degree" | "money":
-                return self(node.args[0])
+                return self(node.args[0])  # inside a trigonometric function: see `angle`
             case "base":
                 return self.in_base(node.name)
             case "call":
@@ -140,17 +156,24 @@ class Evaluator:
         raise Unreadable(f"{name} is not a number")
 
     def total(self, values: list[Value]) -> Value:
-        exact = sum((v for v in values if isinstance(v, Fraction)), Fraction(0))
+        exact = Fraction(0)
+        for value in values:
+            if isinstance(value, Fraction):
+                exact = self.checked(exact + value)
         rest = [v for v in values if not isinstance(v, Fraction)]
         if not rest:
             return exact
         result = self.inexact(exact)
         for value in rest:
             result = result + value
+        for value in (self.inexact(exact), *rest):
+            if value != 0 and abs(value) < abs(result) * self.mp.mpf(10) ** (5 - self.digits):
+                self.lost.append(int(self.mp.log10(abs(value) / abs(result))))
         return result
 
     def times(self, a: Value, b: Value) -> Value:
-        return a * b if isinstance(a, Fraction) and isinstance(b, Fraction) else self.inexact(a) * self.inexact(b)
+        exact = isinstance(a, Fraction) and isinstance(b, Fraction)
+        return self.checked(a * b) if exact else self.inexact(a) * self.inexact(b)
 
     def over(self, a: Value, b: Value) -> Value:
         if b == 0:
@@ -171,6 +194,8 @@ class Evaluator:
                 if bits * abs(n) <= MAX_BITS:
                     return base**n
         if base == 0:
+            if self.inexact(exponent).real <= 0:
+                raise Unreadable("zero to the power of zero or less")
             return Fraction(0)
         odd = isinstance(exponent, Fraction) and exponent.denominator % 2 == 1 and exponent.denominator > 1
         if (
@@ -217,10 +242,18 @@ class Evaluator:
         )
 
     def call(self, node: Node) -> Value:
-        name, values = node.name, [self(a) for a in node.args]
+        name = node.name
+        values = [self(_in_radians(a) if name in _TRIGONOMETRIC else a) for a in node.args]
+        if name in ("gcd", "lcm", "max", "min"):
+            values.sort(key=lambda v: (self.inexact(v).real, self.inexact(v).imag))
         first = values[0]
         if name in _INTEGER_FUNCTIONS and all(isinstance(v, Fraction) for v in values):
             return Fraction(_INTEGER_FUNCTIONS[name](*values))
+        if name in ("floor", "ceil") and not isinstance(first, Fraction):
+            nearest = self.mp.nint(self.inexact(first).real)
+            if self.inexact(first).imag != 0 or abs(self.inexact(first) - nearest) < self.mp.mpf(10) ** -20:
+                raise Unreadable("too close to an integer")
+            return Fraction(int(self.mp.floor(first) if name == "floor" else self.mp.ceil(first)))
         match name:
             case "sqrt" | "cbrt" | "root":
                 index = values[1] if name == "root" else Fraction(2 if name == "sqrt" else 3)
@@ -283,6 +316,16 @@ class Evaluator:
         return self.mp.log(self.inexact(value))
 
 
+def _in_radians(node: Node) -> Node:
+    """`30^\\circ` as an argument of sin is 30 pi / 180."""
+    if node.op == "degree":
+        return Node(
+            "multiply",
+            (node.args[0], Node("divide", (Node("constant", name="pi"), Node("number", value=Fraction(180))))),
+        )
+    return Node(node.op, tuple(_in_radians(a) for a in node.args), node.name, node.value, node.digits, node.unit)
+
+
 def _floor(value: Fraction) -> int:
     return math.floor(value)
 
@@ -302,7 +345,12 @@ def _gcd(*values: Fraction) -> int:
 
 
 def _lcm(*values: Fraction) -> int:
-    return math.lcm(*(_whole(v) for v in values))
+    result = 1
+    for value in values:
+        result = math.lcm(result, _whole(value))
+        if result.bit_length() > MAX_BITS:
+            raise Unreadable("number too large")
+    return result
 
 
 def _whole(value: Fraction) -> int:
@@ -311,6 +359,7 @@ def _whole(value: Fraction) -> int:
     return value.numerator
 
 
+_TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 _INTEGER_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floor": _floor,
     "ceil": _ceil,

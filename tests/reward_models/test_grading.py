@@ -24,7 +24,7 @@ def verdict(answer, reference):
     ("text", "answer"),
     [
         ("\\boxed{7}", "7"),
-        ("\\boxed{7} or \\boxed{8}", "8"),
+        ("\\boxed{7} or \\boxed{8}", "7, 8"),
         ("\\boxed{2} and \\boxed{3}", "2, 3"),
         ("$\\boxed{2}, \\boxed{3}$", "2, 3"),
         ("\\boxed{42}, or else \\boxed{43}", "43"),
