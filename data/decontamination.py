@@ -5,7 +5,7 @@ Three rules, each with its threshold in the recipe:
 - `exact`: the question has the problem's words, all of them, in their order, after normalisation (see `data/words.py`).
 - `ngram`: at least `overlap` of the problem's n-grams (8 words by default) occur somewhere in the row. A share of the *problem's* n-grams is
   asked for, not a single one: competitions end dozens of problems with the same phrase of more than 13 words ("where m and n are
-  relatively prime positive integers. Find m + n").
+  relatively prime positive integers. Find m + n"). A problem of fewer words than an n-gram is found where it is all the row says.
 - `numbers_blind`: with every run of numbers replaced by one mark, question and problem share at least `similarity` of all their
   3-grams (Jaccard), and the problem has at least `min_words` words, beside numbers and single letters. It catches problems whose numbers were changed, with a
   word or two.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from data.files import SUFFIXES, Slice, Unreadable, read_rows, slices
 from data.records import AnyRecord
 
+_COMMIT = re.compile("[0-9a-f]{40}")
 Convert = Callable[[Mapping[str, Any], str], Sequence[AnyRecord]]
 """(row, id to give) → its records; a ValueError refuses the row."""
 
@@ -79,6 +81,10 @@ def _download(source: Source, revision: str | None, split: str) -> Path:
     if revision is None:
         raise ValueError(
             f"{source.name} has no pinned revision; set revision to a commit of {source.repository}, or path to a local copy"
+        )
+    if not _COMMIT.fullmatch(revision):
+        raise ValueError(
+            f"{source.name}: revision {revision!r} may move; name a commit of {source.repository}, 40 digits and letters a to f"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

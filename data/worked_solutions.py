@@ -70,7 +70,7 @@ OPENR1 = Source(
     kind=Demonstration,
     convert=from_openr1,
     licence="Apache-2.0",
-    files={"train": ("*.jsonl", "*.parquet", "data/train-*.parquet")},
+    files={"train": ("data/train-*.parquet", "train*.parquet", "*.jsonl")},
     repository="open-r1/OpenR1-Math-220k",
 )
 NUMINA = Source(
@@ -78,7 +78,7 @@ NUMINA = Source(
     kind=Demonstration,
     convert=from_numina,
     licence="Apache-2.0 (NuminaMath-1.5), Apache-2.0 (NuminaMath-CoT)",
-    files={"train": ("*.jsonl", "*.parquet", "data/train-*.parquet")},
+    files={"train": ("data/train-*.parquet", "train*.parquet", "*.jsonl")},
     repository="AI-MO/NuminaMath-1.5",
     revision="1b05109f9e5c1ad06c0663519502416c30b300f8",
 )

@@ -92,8 +92,15 @@ def test_a_missing_file_says_where_to_get_it(name, tmp_path):
 def test_the_hub_is_read_only_at_a_pinned_revision():
     with pytest.raises(ValueError, match="set revision to a commit of math-ai/minervamath"):
         load_benchmark("minerva", path=None, revision=None)
+    with pytest.raises(ValueError, match="revision 'main' may move; name a commit"):
+        load_benchmark("gsm8k", path=None, revision="main")
     for source in CATALOG.values():
         assert source.revision is None or len(source.revision) == 40
+
+
+def test_a_hub_out_of_reach_says_which_local_copy_would_do():
+    with pytest.raises(ValueError, match="could not be downloaded .*; set path to a local copy: get amc23.jsonl or"):
+        load_benchmark("amc23", path=None, revision="0" * 40)
 
 
 def test_a_malformed_row_is_named_counted_and_left_out(tmp_path, caplog):
