@@ -19,29 +19,49 @@ from typing import Any
 
 from reward_models.grading.notation import Unreadable, clean, unstyle
 from reward_models.grading.syntax import Node, parse
-from reward_models.grading.values import KNOWN_FUNCTIONS, Evaluator, Value
+from reward_models.grading.values import INTEGER_POINTS, KNOWN_FUNCTIONS, WIDE_POINTS, Evaluator, Value
 
 DIGITS = (50, 80)
 POINTS = (0, 1)
-SIGNED_POINTS = (0, 1, 2, 3)
-"""Used where an absolute value stands; elsewhere unknowns count as positive, as in sqrt(x^2) = x."""
+SIGNED_POINTS = (2, 3)
+"""Elsewhere unknowns count as positive, as in sqrt(x^2) = x."""
 MAX_ITEMS = 60
 """Items of a set or list that is matched without order."""
 FLOAT_DIGITS = 10
-"""A decimal with this many significant digits came from floating point,"""
-FLOAT_ERROR = Fraction(1, 10**10)
-"""and is taken for a number at this relative distance."""
+"""A decimal with this many significant digits may be an exact number as a computer wrote it."""
 
-_CHOICE = re.compile(r"[(\[{]?\s*([A-Z])\s*[)\]}]?\s*[.:]?")
-_CHOSEN = re.compile(r"[(\[{]?\s*([A-Z])\s*(?:[)\]}][.:]?|[.:])\s*\S.*", re.DOTALL)
+_CHOICE = re.compile(r"(?:[Oo]ption|[Cc]hoice)?\s*[(\[{]?\s*([A-Z])\s*[)\]}]?\s*[.:]?")
+_CHOSEN = re.compile(
+    r"(?:option|choice|answer:?)?\s*[(\[{]?\s*([A-Z])\s*(?:[)\]}][.:]?|[.:])\s*(?!.*(?:\(?\b[A-Z]\)|\b(?:not|or|wrong|incorrect|neither)\b))\S.*",
+    re.DOTALL,
+)
 _NUMERIC = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 _COUNTED = re.compile(r"\s*(\$?\d[\d,]*(?:\.\d+)?)\s+[a-z]{2,}[-a-z ]*\s[a-z]{2,}[-a-z ]*\.?\s*", re.IGNORECASE)
+_COUNTS = frozenset(
+    "not no less more below above squared cubed halves thirds than wrong or and million billion thousand hundred dozen times".split()
+)
+"""Words after a number that make it another number, or none."""
+_CHAIN = re.compile(
+    # a name in words, `Area = 12`; or an unknown operation whose result is then computed, `5 \\star 1 = 45 + 2 = 47`
+    r"(?:(?:[A-Za-z\s{}().\"'_]|\\(?:text|mathrm|triangle|angle)\b)+(?<!not)(?<!neq)(?<!ne)=(?P<name>)|[^=<>≠]*(?<!\\ne)(?<![!<>])=(?=[^=]*=))(?P<rest>.*)",
+    re.DOTALL,
+)
+_LABEL = re.compile(
+    r"^\s*\$?\s*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:\([A-E]\)|(?:option|choice)\s+[A-E]\b)[}:.\s\\]+(?=[\d$(-]|\\[a-z])",
+    re.IGNORECASE,
+)
 _SYNONYMS = {
     "dne": "doesnotexist",
     "nosolutions": "nosolution",
     "noanswer": "nosolution",
     "noneoftheabove": "none",
     "emptyset": "nosolution",
+    "varnothing": "nosolution",
+    "norealsolution": "nosolution",
+    "norealsolutions": "nosolution",
+    "allreals": "allrealnumbers",
+    "therealnumbers": "allrealnumbers",
+    "thesetofrealnumbers": "allrealnumbers",
     "yes": "true",
     "no": "false",
 }
@@ -58,14 +78,17 @@ class Equivalence:
 def plain(text: str) -> str:
     """Text without what carries no meaning, for comparing words and identical formulas."""
     text = unstyle(clean(text)).replace('"', "")
-    text = re.sub(r"\\(?:left|right|displaystyle|!|,|;|:|\s|quad|qquad|\(|\)|\[|\])", "", text)
+    text = re.sub(r"\\(?:left|right|displaystyle|!|,|;|:|\s|q?quad|\(|\)|\[|\])", " ", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    return re.sub(r"[\s$]", "", text).rstrip(".,;").removesuffix("\\")
+    text = re.sub(r"\\(?:[lc]dots|dots[bc]?)(?![a-z])", "...", text).replace("$", " ")
+    # A space between two letters or digits keeps them apart: 3 1/2 is not 31/2.
+    text = re.sub(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])", "", text)
+    return text.rstrip(".,;").removesuffix("\\")
 
 
 def words(text: str) -> str:
     """Lower-case letters and digits of an answer in words."""
-    lowered = re.sub(r"[^\w:+/-]", "", plain(text).replace("\\", "").casefold())
+    lowered = re.sub(r"(?<!\d)[.,]|[.,](?!\d)|[^\w:+/.,-]", "", plain(text).replace("\\", "").casefold())
     return _SYNONYMS.get(lowered, lowered)
 
 
@@ -107,44 +130,57 @@ def compare(answer: str, reference: str) -> Equivalence:
             return Equivalence(chosen.group(1) == choice.group(1), "choice")
         if mine.strip("{}").upper() == choice.group(1):
             return Equivalence(True, "choice")
-    if (
-        re.search(r"[A-Za-z]{2}", theirs)
-        and len(words(theirs)) > 1
-        and not re.search(r"\\|[_^=<>]", theirs)
-        and words(mine) == words(theirs)
-    ):
-        return Equivalence(True, "same_words")
-    readings = list(_readings(reference))
-    if not readings:
-        return Equivalence(False, "different_words")
+    readings = _readings(reference)
+    if not readings or not _NOTHING.isdisjoint((words(theirs), words(mine))):
+        lettered = re.search(r"[^\W\d_]", theirs) is not None
+        if (lettered and words(mine) == words(theirs) != "") or (words(mine), words(theirs)) in (
+            ("", "nosolution"),
+            ("nosolution", ""),
+        ):
+            return Equivalence(True, "same_words")
+        if words(theirs) == "allrealnumbers" and mine in ("R", "\\mathbb{R}", "(-\\infty,\\infty)"):
+            return Equivalence(True, "same_words")
+        if not readings:
+            return Equivalence(False, "different_words")
+    if words(mine) == "allrealnumbers":
+        answer = "(-\\infty, \\infty)"
     unread = True
     for theirs_tree in readings:
-        for mine_tree in _readings(answer):
+        for mine_tree in _readings(_without_label(answer), is_answer=True):
             unread = False
-            try:
+            with suppress(Unreadable):
                 if equivalent(mine_tree, theirs_tree):
                     return Equivalence(True, "same_value")
-            except Unreadable:
-                continue
     return Equivalence(False, "unreadable_answer" if unread else "different_value")
 
 
-def _readings(text: str) -> list[Node]:
-    """Every way to read an answer: `1,234` is a number, or two of them."""
+_NOTHING = frozenset(("nosolution", "allrealnumbers"))
+
+
+def _without_label(answer: str) -> str:
+    """`(B) 42` as an answer to be compared by its value."""
+    return _LABEL.sub("", answer, count=1)
+
+
+def _readings(text: str, *, is_answer: bool = False) -> list[Node]:
+    """Every way to read an answer: `1,234` is a number, or two of them.
+
+    Args:
+        text: LaTeX or plain.
+        is_answer: whether the end of a chain that starts with something unreadable may stand for it. Never for a reference.
+    """
     trees: list[Node] = []
-    if (counted := _COUNTED.fullmatch(text)) is not None:  # "49 fourth-grade boys"
+    counted = _COUNTED.fullmatch(text)
+    if counted is not None and _COUNTS.isdisjoint(text.casefold().split()):  # "49 fourth-grade boys"
         text = counted.group(1)
     ambiguous = re.search(r"\d,\d{3}", clean(text)) is not None
-    for grouped in (True, False) if ambiguous else (True,):
-        try:
+    bracketed = re.fullmatch(r"\s*\$?\s*(?:\\left)?\(.*\)\s*\$?\s*", text, re.DOTALL) is not None
+    for grouped in ((False,) if bracketed else (True, False)) if ambiguous else (True,):
+        with suppress(Unreadable):
             trees.append(normal(parse(text, grouped=grouped)))
-        except Unreadable:
-            before, sign, last = text.rpartition(
-                "="
-            )  # "5 \\star 1 = 45 + 2 = 47": the end of a chain may be readable by itself
-            if sign and before[-1:] not in ("<", ">", "!", "\\"):
-                with suppress(Unreadable):
-                    trees.append(normal(parse(last, grouped=grouped)))
+    if not trees and is_answer and (chain := _CHAIN.fullmatch(clean(text))) is not None:
+        with suppress(Unreadable):
+            trees.append(normal(parse(chain.group("rest"))))
     return trees
 
 
@@ -159,8 +195,23 @@ def normal(node: Node) -> Node:
         return Node("percent", (replace(node, unit=""),))
     if node.op == "tuple" and len(node.args) == 1:
         return node.args[0]
+    if node.op == "constant" and node.name == "emptyset":
+        return Node("set")
+    if not _NO_UNIT.isdisjoint(unit.split()):
+        raise Unreadable(f"{unit} is no unit")
+    for word, factor in _SCALES.items():
+        if word in unit.split():
+            unit = unit.replace(word, "").strip()
+            scaled = Node("multiply", (replace(node, unit=""), Node("number", value=Fraction(factor))))
+            return replace(scaled, unit=unit)
     return replace(node, unit=unit)
 
+
+_SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_NO_UNIT = frozenset(
+    "not no less more below above squared cubed half halves halve third thirds quarter quarters than wrong does exist or never plus minus times if when unless but "
+    "between least most".split()
+)
 
 _UNITS = {
     "cm": ("length", Fraction(1, 100)), "centimeter": ("length", Fraction(1, 100)), "mm": ("length", Fraction(1, 1000)), "m": ("length", Fraction(1)), "meter": ("length", Fraction(1)),
@@ -173,8 +224,13 @@ _UNITS = {
 
 
 def _unit(text: str) -> str:
-    text = text.casefold().strip()
-    if text in ("", "degree", "degrees", "units", "unit"):
+    """A unit in one spelling: singular, `square x` as `x^2`."""
+    text = re.sub(
+        r"\b(square|sq|cubic|cu)\s+([a-z]+)",
+        lambda m: f"{m.group(2)}^{2 if m.group(1)[0] == 's' else 3}",
+        text.casefold().strip(),
+    )
+    if text in ("", "units", "unit"):
         return ""
     singular = re.sub(r"inches\b", "inch", text)
     return re.sub(r"(?<=[a-z]{3})s\b", "", singular)
@@ -182,12 +238,21 @@ def _unit(text: str) -> str:
 
 def _unit_scale(mine: str, theirs: str) -> Fraction | None:
     """By what to multiply a quantity in `mine` to have it in `theirs`; None when they measure different things."""
-    if mine == theirs or not mine or not theirs:
+    if mine == theirs or not mine or not theirs or "unit" in mine or "unit" in theirs:
         return Fraction(1)
-    a, b = _UNITS.get(mine), _UNITS.get(theirs)
+    (one, power), (other, other_power) = (
+        (re.fullmatch(r"([a-z]*)(?:\^(-?\d+))?", u) and u.partition("^")[::2]) or (u, "") for u in (mine, theirs)
+    )
+    a, b = _UNITS.get(one), _UNITS.get(other)
+    if one == other and a is not None and power != other_power:
+        return None
+    if {one, other} == {"radian", "degree"}:
+        return None
     if a is None or b is None:
         return Fraction(1)  # words of unknown meaning: "5 different ways" is 5
-    return a[1] / b[1] if a[0] == b[0] else None
+    if a[0] != b[0] or power != other_power:
+        return None
+    return (a[1] / b[1]) ** int(power or 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- structures
@@ -201,7 +266,15 @@ def equivalent(mine: Node, theirs: Node) -> bool:
     """
     if mine == theirs:
         return True
+    mine, theirs = (
+        _without_conditions(_side_of_approximation(mine)),
+        _without_conditions(_side_of_approximation(theirs)),
+    )
     mine, theirs = _spread(mine), _spread(theirs)
+    if theirs.op == "list" and theirs.name != "±":
+        theirs = _merged(theirs)  # a reference that names one value in two ways
+    if mine.op == "relation" and mine.name == "in" and mine.args[1].op == "set" and not _is_region(theirs):
+        return equivalent(mine.args[1], theirs)
     if _is_region(theirs) or _is_region(mine):
         return _same_region(mine, theirs)
     if theirs.op == "relation":
@@ -238,11 +311,59 @@ def _spread(node: Node) -> Node:
             )
     if not _has(node, "plusminus"):
         return node
+    if _count_plusminus(node) > 1 and not _has_sign(node, "∓"):
+        raise Unreadable("several ± in one expression")
     return Node("list", (_signed(node, 1), _signed(node, -1)), name="±")
+
+
+def _side_of_approximation(node: Node) -> Node:
+    """`4\\sqrt2 ≈ 5.66` is its exact side, `x ≈ 3.14` its value."""
+    if node.op != "relation" or "≈" not in node.name.split():
+        return node
+    signs = node.name.split()
+    first = signs.index("≈")
+    exact, rest = node.args[: first + 1], node.args[first + 1]
+    if len(exact) == 1:
+        return rest if _is_name(exact[0]) else exact[0]
+    return Node("relation", exact, name=" ".join(signs[:first]))
+
+
+def _without_conditions(node: Node) -> Node:
+    """`2n + 1, n in Z` is 2n + 1; `1/x, x != 0` is 1/x."""
+    if node.op != "list":
+        return node
+    kept = tuple(a for a in node.args if not _is_condition(a))
+    if not kept or len(kept) == len(node.args):
+        return node
+    return kept[0] if len(kept) == 1 else replace(node, args=kept)
+
+
+def _is_condition(node: Node) -> bool:
+    if node.op != "relation":
+        return False
+    return node.name == "!=" or (
+        node.name == "in" and node.args[1].op == "symbol" and node.args[1].name in ("Z", "N", "R", "Q")
+    )
+
+
+def _merged(node: Node) -> Node:
+    items: list[Node] = []
+    for item in node.args[:MAX_ITEMS]:
+        if item.op in ("relation", "tuple", "set") or not any(_safely(same_value, item, other) for other in items):
+            items.append(item)
+    return items[0] if len(items) == 1 else replace(node, args=(*items, *node.args[MAX_ITEMS:]))
 
 
 def _has(node: Node, op: str) -> bool:
     return node.op == op or any(_has(a, op) for a in node.args)
+
+
+def _count_plusminus(node: Node) -> int:
+    return (node.op == "plusminus") + sum(_count_plusminus(a) for a in node.args)
+
+
+def _has_sign(node: Node, sign: str) -> bool:
+    return (node.op == "plusminus" and node.name == sign) or any(_has_sign(a, sign) for a in node.args)
 
 
 def _signed(node: Node, sign: int) -> Node:
@@ -274,6 +395,11 @@ def _collection(mine: Node, theirs: Node) -> bool:
         return bracketed.name == "()" and other.op == "list" and _pairwise(a, b)
     if all(x.op == "relation" for x in (*a, *b)):
         return _matched(a, b, equivalent)
+    named, values = (a, b) if all(x.op == "relation" for x in a) else (b, a)
+    if all(x.op == "relation" for x in named) and len({x.args[0] for x in named}) == len(named):  # x = 1, y = 2
+        return _pairwise(*(tuple(_right_side(x) for x in side) for side in (a, b))) and not any(
+            x.op == "relation" for x in values
+        )
     a = tuple(_right_side(x) for x in a) if any(x.op != "relation" for x in b) else a
     b = tuple(_right_side(x) for x in b) if any(x.op != "relation" for x in a) else b
     return _matched(a, b, equivalent)
@@ -366,24 +492,59 @@ def _right_side(node: Node) -> Node:
     if node.op != "relation" or set(node.name.split()) != {"="}:
         return node
     left, right = node.args[0], node.args[-1]
-    return left if _is_name(right) and not _is_name(left) else right
+    return left if _is_name(right) and not _is_name(left) and not _is_application(left) else right
 
 
 def _is_name(node: Node) -> bool:
     return node.op == "symbol" or (node.op == "call" and node.name in ("subscript", "prime") and _is_name(node.args[0]))
 
 
+def _is_application(node: Node) -> bool:
+    """`f(x)`, `\\overline{AB}`: a call of something that has no value by itself."""
+    return node.op == "call" and node.name not in KNOWN_FUNCTIONS
+
+
+def _gives_value(node: Node, value: Node) -> bool:
+    """Whether an equation says what something is (`f(8) = 1`, `xy = 20`) rather than that something holds (`6x = 5`, `y^2 = 8x`)."""
+    for side in node.args:
+        if (
+            side is value
+            or _is_name(side)
+            or _is_application(side)
+            or _is_constant(side)
+            or side.op == "matrix"
+            or side.op == "opaque"
+        ):
+            continue
+        known_call = side.op == "call"
+        if (
+            not known_call
+            and (len(_symbols(side)) < 2 or _symbols(side) & _symbols(value))
+            and not _has(side, "opaque")
+            and not _is_matrix(side)
+        ):
+            return False
+    return True
+
+
 def _names_value(node: Node) -> bool:
-    """Whether an equation gives a quantity its value (`f(8) = 1`, `xy = 20`) rather than tying several together (`2x + z = 1`)."""
+    """The same of a reference, more strictly: `2x + z = 1` and `x^2 y = 4` are equations, whose answer is not their right side."""
     value = _right_side(node)
-    return all(side is value or not _has(side, "add") for side in node.args)
+    plain_sides = all(
+        side is value or _is_name(side) or not (_has(side, "add") or _has(side, "power")) for side in node.args
+    )
+    return plain_sides and _gives_value(node, value)
 
 
 def _value_of_relation(mine: Node, theirs: Node) -> bool:
     """An answer `x = 5` for the reference 5. A chain of constants must be true: `42 = 41` is no 41."""
+    if mine.name == "in" and mine.args[1].op in ("set", "list"):
+        return equivalent(mine.args[1], theirs)
     if set(mine.name.split()) != {"="}:
         return False
     value = _right_side(mine)
+    if not _gives_value(mine, value):
+        return False
     for side in mine.args:
         if side is not value and _is_constant(side) and _is_constant(value):
             with suppress(Unreadable):
@@ -519,6 +680,10 @@ def region(node: Node) -> list[tuple[Bound, Bound]]:
     match node.op:
         case "union":
             return _joined([part for a in node.args for part in region(a)])
+        case "list" if (
+            node.name == "," and len(node.args) == 2 and (both := _met(region(node.args[0]), region(node.args[1])))
+        ):
+            return both  # x > 1, x < 5; but x < 1, x > 5 is either
         case "list" if node.name in ("or", ","):
             return _joined([part for a in node.args for part in region(a)])
         case "list" if node.name == "and" and len(node.args) == 2:
@@ -530,6 +695,9 @@ def region(node: Node) -> list[tuple[Bound, Bound]]:
         case "symbol" if node.name == "R":
             return [((None, False), (None, False))]
         case "tuple" if len(node.args) == 2:
+            first, last = node.args
+            if (_infinite(first) and first.op != "negate") or (_infinite(last) and last.op == "negate"):
+                raise Unreadable("the ends of the interval are the wrong way round")
             low, high = ((None if _infinite(a) else a) for a in node.args)
             return [((low, node.name[0] == "[" and low is not None), (high, node.name[1] == "]" and high is not None))]
         case "set":
@@ -570,6 +738,8 @@ def _solved(node: Node) -> list[tuple[Bound, Bound]]:
             if isinstance(root, Fraction)
             else Node("add", (Node("divide", (Node("negate", (_at(difference, name, 0),)), _slope(difference, name))),))
         )
+        if sign == "!=":
+            return [((None, False), (bound, False)), ((bound, False), (None, False))]
         above = (slope.real > 0) == (sign in (">", ">="))
         edge: Bound = (bound, sign in ("<=", ">="))
         result = _met(result, [(edge, (None, False))] if above else [((None, False), edge)])
@@ -636,6 +806,12 @@ def _same_region(mine: Node, theirs: Node) -> bool:
         and not _is_region(mine)
     ):
         return False
+    if (
+        mine.op == theirs.op == "relation"
+        and _symbols(mine) != _symbols(theirs)
+        and "R" not in _symbols(mine) | _symbols(theirs)
+    ):
+        return False
     a, b = _joined(region(mine)), _joined(region(theirs))
     return len(a) == len(b) and all(
         one[1] == other[1]
@@ -660,17 +836,36 @@ def same_scalar(mine: Node, theirs: Node) -> bool:
         return False
     if scale != 1:
         mine = Node("multiply", (replace(mine, unit=""), Node("number", value=scale)))
-    if mine.op == theirs.op == "base" and mine.name.partition("_")[2] != theirs.name.partition("_")[2]:
-        return False
+    if theirs.op == "base" and (mine.op != "base" or mine.name.partition("_")[2] != theirs.name.partition("_")[2]):
+        return False  # a problem that asks for a number in a base asks for that base
     if same_value(mine, theirs):
         return True
-    if (mine.op == "percent") != (theirs.op == "percent"):
-        return same_value(*(n.args[0] if n.op == "percent" else n for n in (mine, theirs)))
+    if _has(mine, "percent") != _has(theirs, "percent") and {mine.op, theirs.op} & {"percent", "negate"}:
+        return same_value(_without(mine, "percent"), _without(theirs, "percent"))
+    if (mine.op == "degree") != (theirs.op == "degree") and (_has_pi(mine) or _has_pi(theirs)):
+        in_radians = Node("divide", (Node("constant", name="pi"), Node("number", value=Fraction(180))))
+        return same_value(
+            *(Node("multiply", (n.args[0], in_radians)) if n.op == "degree" else n for n in (mine, theirs))
+        )
     return False
 
 
+def _without(node: Node, op: str) -> Node:
+    return (
+        node.args[0]
+        if node.op == op
+        else replace(node, args=tuple(_without(a, op) for a in node.args))
+        if node.op == "negate"
+        else node
+    )
+
+
+def _has_pi(node: Node) -> bool:
+    return (node.op == "constant" and node.name == "pi") or any(_has_pi(a) for a in node.args)
+
+
 def _unit_of(node: Node) -> str:
-    return node.unit or ("dollar" if node.op == "money" else "")
+    return node.unit or {"money": "dollar", "degree": "degree"}.get(node.op, "")
 
 
 def same_value(mine: Node, theirs: Node) -> bool:
@@ -680,11 +875,13 @@ def same_value(mine: Node, theirs: Node) -> bool:
         Unreadable: when one of them has no value.
     """
     symbols = bool(_symbols(mine) or _symbols(theirs))
-    points = POINTS[:1] if not symbols else SIGNED_POINTS if _has_abs(mine) or _has_abs(theirs) else POINTS
+    points = _points(mine, theirs) if symbols else POINTS[:1]
     for point in points:
         gaps: list[tuple[Any, Any]] = []
+        lost: list[list[int]] = []
         for digits in DIGITS:
             evaluate = Evaluator(digits, point)
+            lost.append(evaluate.lost)
             a, b = evaluate(mine), evaluate(theirs)
             if isinstance(a, Fraction) and isinstance(b, Fraction):
                 if a != b and (symbols or not _float_near(mine, theirs, a, b)):
@@ -700,6 +897,8 @@ def same_value(mine: Node, theirs: Node) -> bool:
                 return False
         else:
             (gap, _), (finer, size) = gaps
+            if any(abs(coarse - fine) < 10 for coarse in lost[0] for fine in lost[1]):
+                raise Unreadable("a summand is too small to be seen")  # e^{-200} in 1 + e^{-200}; rounding would shrink
             mp = Evaluator(DIGITS[1]).mp
             shrinks = finer == 0 or finer <= size * mp.mpf(10) ** -60 or finer <= gap * mp.mpf(10) ** -20
             if not shrinks and (symbols or not _decimal_near(mine, theirs, finer, size)):
@@ -707,8 +906,25 @@ def same_value(mine: Node, theirs: Node) -> bool:
     return True
 
 
-def _has_abs(node: Node) -> bool:
-    return (node.op == "call" and node.name == "abs") or any(_has_abs(a) for a in node.args)
+_PIECEWISE = frozenset(("abs", "floor", "ceil", "mod", "min", "max", "gcd", "lcm", "sgn"))
+
+
+def _points(mine: Node, theirs: Node) -> Sequence[int]:
+    """Where to evaluate: two points tell smooth functions apart; functions in pieces need many, and those of integers integers."""
+    both = (mine, theirs)
+    if any(
+        _any(n, lambda n: n.op == "factorial" or (n.op == "call" and n.name in ("binom", "gcd", "lcm"))) for n in both
+    ):
+        return INTEGER_POINTS
+    if any(_any(n, lambda n: n.op == "power" and n.args[0].op == "negate" and bool(_symbols(n.args[1]))) for n in both):
+        return (*INTEGER_POINTS, *POINTS)
+    if any(_any(n, lambda n: n.op == "call" and n.name in _PIECEWISE) for n in both):
+        return (*POINTS, *SIGNED_POINTS, *INTEGER_POINTS, *WIDE_POINTS)
+    return POINTS
+
+
+def _any(node: Node, test: Callable[[Node], bool]) -> bool:
+    return test(node) or any(_any(a, test) for a in node.args)
 
 
 def _decimals(node: Node) -> int:
@@ -717,14 +933,35 @@ def _decimals(node: Node) -> int:
 
 
 def _float_near(mine: Node, theirs: Node, a: Fraction, b: Fraction) -> bool:
-    digits = max(_decimals(mine), _decimals(theirs))
+    """Whether one side is the other as floating point wrote it: a long decimal, or a ratio of integers over a power of two."""
     size = max(abs(a), abs(b))
-    if digits >= FLOAT_DIGITS:
-        return abs(a - b) <= size * FLOAT_ERROR
-    from_float = any(v.denominator >= 1 << 30 and v.denominator & (v.denominator - 1) == 0 for v in (a, b))
-    return from_float and abs(a - b) <= size * Fraction(1, 10**14)
+    if (slack := max(_slack(mine, a), _slack(theirs, b))) > 0:
+        return abs(a - b) <= slack
+    return any(_is_float_ratio(n) for n in (mine, theirs)) and abs(a - b) <= size * Fraction(1, 10**14)
+
+
+def _slack(node: Node, value: Fraction) -> Fraction:
+    """Absolute error of a long decimal: that of floating point from 15 digits on, half a unit of its last digit below."""
+    digits = _decimals(node)
+    if digits < FLOAT_DIGITS or value == 0:
+        return Fraction(0)
+    magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 1 - len(str(int(1 / abs(value))))
+    if digits >= 15:
+        return abs(value) * Fraction(1, 10**12)
+    return Fraction(10) ** (magnitude - digits) * Fraction(51, 100)
+
+
+def _is_float_ratio(node: Node) -> bool:
+    node = node.args[0] if node.op == "negate" else node
+    if node.op != "divide" or any(n.op != "number" for n in node.args):
+        return False
+    bottom = node.args[1].value or Fraction(1)
+    return bottom >= 1 << 30 and bottom.denominator == 1 and bottom.numerator & (bottom.numerator - 1) == 0
 
 
 def _decimal_near(mine: Node, theirs: Node, gap: Any, size: Any) -> bool:
-    digits = max(_decimals(mine), _decimals(theirs))
-    return digits >= FLOAT_DIGITS and bool(gap <= size * FLOAT_ERROR.numerator / FLOAT_ERROR.denominator)
+    for node in (mine, theirs):
+        if _decimals(node) >= FLOAT_DIGITS:
+            slack = _slack(node, Evaluator(DIGITS[1])(node))
+            return bool(gap * slack.denominator <= slack.numerator)
+    return False

@@ -69,7 +69,7 @@ _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _TOKEN = re.compile(
-    r"(?P<base>\d[0-9A-Z]*_(?:\{\d{1,2}\}|\d{1,2}))(?![\d.])"
+    r"(?P<base>(?<!\^)\d[0-9A-Z]*_(?:\{\d{1,2}\}|\d{1,2}))(?![\d.])"
     r"|(?P<repeated>\d*\.\\overline\{\d+\})"
     r"|(?P<number>(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+|\.(?=\s*[-+*/^]))?(?:[eE][+-]?\d{1,6}(?![\w]))?|\.\d+)(?P<repeat>\\overline\{\d+\})?"
     r"|(?P<command>\\[a-zA-Z]+|\\.)"
@@ -84,6 +84,7 @@ _BUILDER = re.compile(
     r"\\\{\s*\(?[a-zA-Z]\)?\s*(?:\\in\s*(?:\\mathbb\s*\{?)?[A-Z]\}?\s*)?(?:\\[,;: ]\s*)*(?:\\mid|\\middle\s*\||\\vert|\||:)(?:\\[,;: ])*\s*"
     r"((?:[^{}|:]|\{[^{}]*\}){1,200}?)\\\}"
 )
+_BRACKETED_WORDS = re.compile(r"\\text\w*\{\s*\(([^(){}]*)\)\s*\}")
 _ROW_GAP = re.compile(r"\\\\\s*\[\s*-?\d+(?:\.\d+)?\s*(?:pt|em|ex|mm|cm)\s*\]")
 _COLOUR = re.compile(r"\\(?:text)?color\s*\{\s*\w+\s*\}")
 _INFIX = re.compile(r"\{([^{}]*)\\(choose|over)(?![a-z])([^{}]*)\}")
@@ -96,6 +97,7 @@ def clean(text: str) -> str:
         text = _DOLLAR.sub(" ", text)
     for broken, repaired in _ESCAPES:
         text = text.replace(broken, repaired)
+    text = _BRACKETED_WORDS.sub(r"\\text{\1}", text)
     text = _ROW_GAP.sub(r"\\\\ ", text)
     text = _COLOUR.sub("", text)
     text = _INFIX.sub(

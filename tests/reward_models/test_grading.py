@@ -102,7 +102,7 @@ SAME = [
     ("x < 1 \\text{ or } x > 2", "(-\\infty,1) \\cup (2,\\infty)"), ("(0, 36) \\setminus \\{9\\}", "(0,9) \\cup (9,36)"), ("\\{x | x > 2\\}", "(2,\\infty)"),
     ("\\begin{bmatrix}4&2\\\\-1&1\\end{bmatrix}", "\\begin{pmatrix} 4 & 2 \\\\ -1 & 1 \\end{pmatrix}"), ("\\begin{pmatrix}1/2\\\\2\\end{pmatrix}", "\\begin{pmatrix}0.5\\\\2\\end{pmatrix}"),
     ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}+\\begin{pmatrix}1&0\\\\0&1\\end{pmatrix}", "\\begin{pmatrix}2&2\\\\3&5\\end{pmatrix}"), ("\\begin{vmatrix}2&1\\\\1&2\\end{vmatrix}", "3"),
-    ("2y = 2x + 2", "y = x + 1"), ("2516_8", "2516_{8}"), ("1356", "2514_8"), ("2:4", "1:2"),
+    ("2y = 2x + 2", "y = x + 1"), ("2516_8", "2516_{8}"), ("2514_8", "1356"), ("2:4", "1:2"),
     ("\\text{Evelyn}", "evelyn"), ("(E)", "\\text{(E)}"), ("E", "(E)"), ("(B) 42 apples", "B"), ("4:30 \\text{ p.m.}", "\\text{4:30 p.m.}"), ("east", "\\text{east}"),
     ("0.0833333333333333", "1/12"), ("918.4999999999999", "918.5"),
 ]  # fmt: skip

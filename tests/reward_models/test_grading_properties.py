@@ -141,7 +141,7 @@ def test_a_number_in_a_base_is_its_digits_and_its_base(n, base, other):
         return out or "0"
 
     assert same(f"{digits(base)}_{{{base}}}", f"{digits(base)}_{base}")
-    assert same(str(n), f"{digits(base)}_{base}")
+    assert same(f"{digits(base)}_{base}", str(n))
     assert same(f"{digits(base)}_{other}", f"{digits(base)}_{base}") == (base == other)
 
 
