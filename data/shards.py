@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -34,6 +34,7 @@ from data.words import Hashes, split_words, text_hashes
 ROWS_PER_BATCH = 512
 """So that a batch's arrays stay in the processor's cache."""
 ROWS_PER_GROUP = 16_384
+Say = Callable[[str], None]
 EXAMPLES = 3
 """Of each reason, in a shard and in the manifest."""
 ARROW = {
