@@ -127,6 +127,11 @@ def ask(config: Evaluate) -> Asked:
         say(f"{len(refused)} of {len(refused) + len(problems)} rows refused: {printable(shown)}")
     problems = problems[: config.num_problems]
     variants = perturb(problems, config.perturbations, seed=config.seed)
+    if config.perturbations:
+        made = Counter(v.kind for v in variants)
+        say(
+            f"told differently: {', '.join(f'{kind} {made[kind]:,} of {len(problems):,}' for kind in config.perturbations)}"
+        )
     return Asked(problems=problems, variants=variants, refused=refused, name=name)
 
 

@@ -213,6 +213,11 @@ def test_a_malformed_row_is_refused_with_file_and_line_and_counted(script, folde
     assert asked.block()["refused_rows"] == 2
 
 
+def test_how_many_problems_could_be_told_differently_is_said(script, folder, model_folder, capsys):
+    script.ask(load_config(recipe(folder, "told", model_folder, perturbations=["numbers", "typos"])))
+    assert "told differently: numbers 0 of 6, typos 6 of 6" in capsys.readouterr().out
+
+
 def test_unknown_benchmarks_and_missing_files_say_what_there_is(folder):
     with pytest.raises(ValueError, match=r"unknown benchmark 'gsm9k'; known: gsm8k, math500, .*jsonl, stories"):
         read_problems("gsm9k", path=None, revision=None)

@@ -3,13 +3,16 @@
 import re
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
+from data.benchmarks import read_problems
 from data.perturbation import KINDS, calculate, changeable, perturb, read_story
 from data.records import Problem
 from data.stories import generate_stories, split_of, to_problem
 
+GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k/test.jsonl"
 HATS = Problem(
     id="hats",
     question="Ann buys 7 hats for $8 each and a scarf for $9. How much does she pay in total?",
@@ -146,6 +149,15 @@ def test_variants_are_a_function_of_the_seed_and_name_their_origin():
     assert first != perturb([HATS, *stories(5)], list(KINDS), seed=2)
     assert {(v.origin, v.problem.id) for v in first if v.kind == "typos"} >= {("hats", "hats~typos")}
     assert len({v.problem.id for v in first}) == len(first)
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="needs ../shared/data")
+def test_more_than_half_of_real_gsm8k_problems_get_other_numbers_through_the_benchmark_reader():
+    problems, _ = read_problems("gsm8k", path=str(GSM8K), revision=None)
+    changed = perturb(problems, ["numbers"], seed=0)
+    assert 700 < len(changed) < 900
+    answers = {p.id: p.answer for p in problems}
+    assert all(v.problem.answer != answers[v.origin] for v in changed)
 
 
 def test_an_unknown_perturbation_names_the_known_ones():
