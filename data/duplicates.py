@@ -51,7 +51,9 @@ def first_of_equal(keys: Hashes) -> Rows:
     return first
 
 
-def first_of_similar(load_band: LoadBand, alive: NDArray[np.bool_], *, threshold: float) -> Rows:
+def first_of_similar(
+    load_band: LoadBand, alive: NDArray[np.bool_], *, threshold: float, answers: Hashes | None = None
+) -> Rows:
     """[R] the first row of each row's cluster of near duplicates; its own number where it is the first, or not alive.
 
     A cluster is what pairs at or above the threshold connect.
@@ -60,11 +62,14 @@ def first_of_similar(load_band: LoadBand, alive: NDArray[np.bool_], *, threshold
         load_band: one band of the signatures of all rows.
         alive: rows that take part.
         threshold: least share of equal places.
+        answers: rows with different ones are no duplicates, however similar: `x + y = 12, find x` and `… find y` are two problems.
     """
     rows = np.flatnonzero(alive)
     root = np.arange(len(alive))
     for band in range(BANDS):
         keys = load_band(band)[rows]
+        if answers is not None:
+            keys ^= answers[rows]  # rows with different answers never share a band
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         starts = np.ones(len(keys), bool)

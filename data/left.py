@@ -27,8 +27,8 @@ class Left:
         return [0, *np.cumsum(self.counts).tolist()]
 
     def hashes(self, which: int) -> Hashes:
-        """[R] exact (0) or group (1) hashes."""
-        parts = [load_hashes(t, n)[which] for t, n in zip(self.tasks, self.counts, strict=True)]
+        """[R] hashes of the whole text (0), the question (1) or the answer (2)."""
+        parts = [load_hashes(t, n, which) for t, n in zip(self.tasks, self.counts, strict=True)]
         return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
     def band(self, band: int) -> Hashes:

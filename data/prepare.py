@@ -289,7 +289,7 @@ def drop_duplicates(plan: Plan, left: Left, drops: Sequence[Drops], say: Say) ->
     if plan.exact_duplicates and len(alive):
         _drop(left, alive, first_of_equal(left.hashes(0)), "exact duplicate", drops)
     if plan.near_threshold is not None and len(alive):
-        similar = first_of_similar(left.band, alive.copy(), threshold=plan.near_threshold)
+        similar = first_of_similar(left.band, alive.copy(), threshold=plan.near_threshold, answers=left.hashes(2))
         _drop(left, alive, similar, "near duplicate", drops)
     say(f"{len(alive):,} rows left of the shards, {int(alive.sum()):,} after duplicates")
     return alive

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -34,6 +35,8 @@ from data.words import Hashes, split_words, text_hashes
 ROWS_PER_BATCH = 512
 """So that a batch's arrays stay in the processor's cache."""
 ROWS_PER_GROUP = 16_384
+HASHES = 3
+"""Of each row: the whole text, the question's words, the answer."""
 Say = Callable[[str], None]
 EXAMPLES = 3
 """Of each reason, in a shard and in the manifest."""
@@ -137,12 +140,12 @@ class ShardWriter:
         self._strata: dict[str, int] = {}
         self._codes: list[int] = []
 
-    def add(self, records: Sequence[AnyRecord], exact: Hashes, group: Hashes, signature: Hashes | None) -> None:
+    def add(self, records: Sequence[AnyRecord], hashes: Sequence[Hashes], signature: Hashes | None) -> None:
         if not records:
             return
         self._tables.append(to_table(self._kind, records))
         self._buffered += len(records)
-        self._hashes.append(np.stack([exact, group]))
+        self._hashes.append(np.stack(hashes))
         if signature is not None:
             self._signatures.append(signature)
         for record in records:
@@ -159,7 +162,7 @@ class ShardWriter:
     def close(self, summary: dict[str, Any]) -> dict[str, Any]:
         self._flush()
         self._parquet.close()
-        _save(self._task.file("hashes"), self._hashes, 2)
+        _save(self._task.file("hashes"), self._hashes, HASHES)
         if self._plan.near_threshold is not None:
             _save(self._task.file("signatures"), self._signatures, BANDS)
         np.asarray(self._codes, np.int32).tofile(self._task.file("strata"))
@@ -240,7 +243,9 @@ def _process_batch(
         signatures(words, shingle_words=plan.shingle_words)[:, kept] if plan.near_threshold is not None else None
     )
     exact = exact_hashes([text for i, text in enumerate(wholes) if i not in dropped])
-    writer.add([r for i, r in enumerate(records) if i not in dropped], exact, text_hashes(asked)[kept], signature)
+    left = [record for i, record in enumerate(records) if i not in dropped]
+    answers = exact_hashes([re.sub(r"[\s$]", "", getattr(record, "answer", "")) for record in left])
+    writer.add(left, [exact, text_hashes(asked)[kept], answers], signature)
 
 
 def exact_hashes(texts: Sequence[str]) -> Hashes:
@@ -268,10 +273,9 @@ def _pair(match: Match, record: AnyRecord, origin: str, tools: Tools, *, dropped
 # ------------------------------------------------------------------------------------------------------ reading shards again
 
 
-def load_hashes(task: ShardTask, rows: int) -> tuple[Hashes, Hashes]:
-    """(exact, group) hashes of a shard's rows."""
-    both = np.fromfile(task.file("hashes"), np.uint64).reshape(2, rows)
-    return both[0], both[1]
+def load_hashes(task: ShardTask, rows: int, which: int) -> Hashes:
+    """One of the hashes of a shard's rows: exact (0), question (1), answer (2)."""
+    return np.fromfile(task.file("hashes"), np.uint64, count=rows, offset=which * rows * 8)
 
 
 def load_band(task: ShardTask, rows: int, band: int) -> Hashes:

@@ -21,7 +21,9 @@ Hashes = NDArray[np.uint64]
 Offsets = NDArray[np.int64]
 
 _OPERATORS = "+-*/^=<>"
-_SAME_OPERATOR = str.maketrans({"\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\u00f7": "/"})
+_SAME_OPERATOR = str.maketrans(
+    {"\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\u00f7": "/", "\u2264": "<=", "\u2265": ">="}
+)
 _NOT_A_WORD = re.compile(r"[^\w\s\x00\\+\-*/^=<>]|_")
 _SYNONYMS = (
     (b"\\dfrac", b" frac "),
@@ -30,6 +32,10 @@ _SYNONYMS = (
     (b"\\right", b" "),
     (b"\\text", b" "),
     (b"\\mathrm", b" "),
+    (b"\\leq", b" <= "),
+    (b"\\geq", b" >= "),
+    (b"\\le", b" <= "),  # after \\left; it is a French word otherwise
+    (b"\\ge", b" >= "),
 )
 """What LaTeX writes in several ways; the backslash itself separates words."""
 _SPACE, _LETTER, _DIGIT, _OPERATOR, _END = 0, 1, 2, 3, 4

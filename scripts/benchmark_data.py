@@ -81,8 +81,8 @@ def question(rng: random.Random, earlier: list[str], problems: list[str]) -> str
 def write_part(part: int, rows: int, path: Path, problems: list[str]) -> None:
     rng, earlier = random.Random(part), []
     with path.open("w", encoding="utf-8") as file:
-        for i in range(rows):
-            file.write(json.dumps({"problem": question(rng, earlier, problems), "answer": str(i % 1000)}) + "\n")
+        for _ in range(rows):
+            file.write(json.dumps({"problem": question(rng, earlier, problems), "answer": "1"}) + "\n")
 
 
 def generate(folder: Path, rows: int) -> tuple[Path, Path, Path]:

@@ -49,6 +49,16 @@ def test_a_chain_of_near_duplicates_is_one_cluster_and_its_first_row_stays():
     assert near([text(), c, a, text(), b]) == [0, 1, 1, 3, 1]
 
 
+def test_similar_questions_with_different_answers_are_two_problems():
+    a = text()
+    bands = signatures(split_words([a, a, a]), shingle_words=5)
+    answers = np.array([7, 8, 7], np.uint64)
+    given = bands.copy()
+    found = first_of_similar(lambda band: bands[band], np.ones(3, bool), threshold=0.8, answers=answers)
+    assert found.tolist() == [0, 1, 0]
+    assert (bands == given).all()
+
+
 def test_rows_that_are_not_alive_take_no_part():
     a = text()
     assert near([a, a, a], alive=np.array([False, True, True])) == [0, 1, 1]

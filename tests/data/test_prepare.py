@@ -113,7 +113,8 @@ def test_how_the_input_is_cut_and_how_many_processes_read_it_changes_nothing(min
 
 def test_near_duplicates_name_the_row_they_repeat(tmp_path):
     words = [f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(80)]
-    rows = [{"problem": " ".join(words), "answer": "1"}, {"problem": " ".join([*words, "more"]), "answer": "2"}]
+    rows = [{"problem": " ".join(words), "answer": "1"}, {"problem": " ".join([*words, "more"]), "answer": "$1$"}]
+    rows.append({"problem": " ".join([*words, "less"]), "answer": "2"})
     manifest = run(plan(write(tmp_path / "a.jsonl", rows), near_threshold=0.8), tmp_path / "out")
     assert manifest["dropped"]["near duplicate"]["examples"] == [{"row": "jsonl-train-1", "detail": "of jsonl-train-0"}]
 

@@ -20,6 +20,7 @@ def same(*texts, blind=False):
         (r"\dfrac{1}{2}", r"\frac{1}{2}", r"\frac 1 2", r"\left(\tfrac12\right)".replace("12", "1 2")),
         ("2 − 1", "2 - 1"),
         ("2×3·4", "2*3*4"),
+        (r"x \le 3", r"x \leq 3", "x ≤ 3", "x <= 3"),
         ("naïve “café”", "NAÏVE café!"),
         ("ﬁnd x²", "find x2"),
     ],
