@@ -194,7 +194,7 @@ class Duplicates(Section):
 
     exact: bool = True
     near_threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.8
-    """Least estimated Jaccard similarity of near duplicates; null keeps them."""
+    """Least estimated Jaccard similarity of near duplicates; null keeps them. Rows with different answers are none."""
     shingle_words: PositiveInt = 5
     """Words of the n-grams that are compared."""
 
