@@ -30,7 +30,10 @@ _MARKER = re.compile(
     re.IGNORECASE,
 )
 _IS_ANSWER = re.compile(r"([^\n.]{1,200})\s+is\s+(?:our|the|my)\s+(?:final\s+)?answer\b", re.IGNORECASE)
-_MATH = re.compile(r"\$\$([^$]{1,600})\$\$|\$([^$]{1,600})\$|\\\((.{1,600}?)\\\)|\\\[(.{1,600}?)\\\]", re.DOTALL)
+_MATH = re.compile(
+    r"\$\$((?:[^$\\]|\\.){1,600})\$\$|(?<!\\)\$((?:[^$\\]|\\.){1,600})\$|\\\((.{1,600}?)\\\)|\\\[(.{1,600}?)\\\]",
+    re.DOTALL,
+)
 _SENTENCE_END = re.compile(
     r"\n|[.!?](?=\s+[A-Z<]|\s*$)|<\|im_|</s>|(?<!\d),(?=\s+(?:as|which means|so)\b)|,?\s(?=(?:since|because)\b)"
 )

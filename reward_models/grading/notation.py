@@ -162,7 +162,9 @@ def tokenize(text: str) -> list[Token]:
         elif kind in ("base", "repeated"):
             tokens.append(Token("base" if kind == "base" else "number", piece, spaced))
         elif kind == "word":
-            tokens += _words(piece, spaced, quoted, follows=bool(tokens))
+            tokens += _words(
+                piece, spaced, quoted, follows=bool(tokens) and (tokens[-1].kind == "number" or tokens[-1].text in "})")
+            )
         elif kind == "command":
             tokens += _command(piece, spaced)
         elif piece == '"':
@@ -272,6 +274,9 @@ def _command(name: str, spaced: bool) -> list[Token]:
         return [Token("command", letters, spaced)]
     if letters.startswith("quad") and len(letters) > 4:  # \quadx
         return _words(letters[4:], True, False)
-    if letters.isalpha() and len(letters) > 0:
+    for known in ("arcsin", "arccos", "arctan", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln"):  # \\cotx
+        if letters.startswith(known) and 0 < len(letters) - len(known) <= 2:
+            return [Token("function", known, spaced), *_words(letters[len(known) :], False, False)]
+    if letters.isalpha():
         return [Token("word", letters.lower(), spaced)]
     raise Unreadable(f"command {name}")

@@ -54,6 +54,7 @@ def test_what_models_write_is_read(answer, reference):
     ("text", "reference", "accept", "verdict"),
     [
         ("Final Answer:\n- \\boxed{5}", "5", "boxed", "correct"),
+        ("The final answer is $\\$10$. I hope it is correct.", "10", "marked", "correct"),
         ("$\\boxed{2}$ or $\\boxed{3}$", "2,3", "boxed", "correct"),
         ("\\boxed{2}, and \\boxed{3}", "2,3", "boxed", "correct"),
         ("\\boxed{5}\n\n\\boxed{}", "5", "boxed", "correct"),
