@@ -520,7 +520,7 @@ def _is_proper(fraction: Node) -> bool:
 def _with_subscript(node: Node, subscript: Node) -> Node:
     """`a_1` as a name; `(101)_2` as a number in a base."""
     literal = node.op == "number" and not node.digits and node.value is not None and node.value.denominator == 1
-    if literal and subscript.op == "number" and subscript.value is not None and 2 <= subscript.value <= 36:
+    if literal and subscript.op == "number" and subscript.value in range(2, 37):
         return Node("base", name=f"{node.value}_{subscript.value}")
     return Node("call", (node, subscript), name="subscript")
 

@@ -165,6 +165,7 @@ def test_votes_for_the_same_number_are_counted_together():
         "\\boxed{" + "2^" * 400 + "2}",
         "\\boxed{__import__('os').system('true')}",
         "\\boxed{4\x002}",
+        "\\boxed{(55)_8.5}",
         "\\boxed{\ud800}",
     ],
 )
