@@ -632,6 +632,7 @@ class Evaluate(Section):
 
 class PipelineStage(Section):
     recipe: str
+    """A path; a bare file name is looked for beside the pipeline's own recipe."""
     overrides: tuple[str, ...] = ()
 
 
@@ -673,6 +674,10 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"recipe {path} must be a mapping of keys to values, got {type(raw).__name__}")
+    for stage in raw.get("stages", ()) if raw.get("stage") == "pipeline" else ():
+        # A bare name is a neighbour, so that a copied folder runs its own recipes and not those it was copied from.
+        if isinstance(stage, dict) and isinstance(stage.get("recipe"), str) and "/" not in stage["recipe"]:
+            stage["recipe"] = str(path.parent / stage["recipe"])
     parent = raw.pop("extends", None)
     if parent is None:
         return raw

@@ -102,6 +102,12 @@ class Run:
     lock: IO[str] | None = None
     """Held open, and with it the lock, for as long as the run lives."""
 
+    def abandon(self) -> None:
+        """Give the folder free when nothing but the recipe is in it: a refused recipe must not stand in the way of its repair."""
+        if is_main_process() and {path.name for path in self.folder.iterdir()} <= {RECIPE, LOCK}:
+            (self.folder / RECIPE).unlink(missing_ok=True)
+            (self.folder / LOCK).unlink(missing_ok=True)
+
     def finish(self, **results: Any) -> None:
         """Mark the stage finished; `results` are what later stages and the summary read."""
         if is_main_process():
@@ -217,4 +223,9 @@ def run_stage(config_class: type[C] | tuple[type[C], ...], stage: Callable[[C, R
         rows = batch_arithmetic(config, num_ranks())
         if rows:
             say(f"{config.stage}: batch arithmetic\n{format_table(rows)}")
-        stage(config, open_run(config))
+        run = open_run(config)
+        try:
+            stage(config, run)
+        except ValueError:
+            run.abandon()
+            raise

@@ -17,6 +17,7 @@ def run_pipeline(tmp_path, recipe, output_root, overrides):
     pipeline = yaml.safe_load((ROOT / recipe).read_text())
     moved = [f"{output_root}/", f"{tmp_path}/"]
     for stage in pipeline["stages"]:
+        stage["recipe"] = str(Path(recipe).parent / stage["recipe"])
         loaded = subprocess.run(
             [sys.executable, "-m", "rlhf.config", stage["recipe"]], cwd=ROOT, capture_output=True, text=True, check=True
         )

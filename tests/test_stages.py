@@ -1,6 +1,7 @@
 """What a user can get wrong, as they would meet it: one sentence, exit code 2, nothing loaded, nothing written."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -91,6 +92,20 @@ def test_an_output_folder_with_another_run_is_refused_and_the_difference_named(f
     done = train_grpo(folder, tmp_path, "optimizer.learning_rate=0.5")
     assert done.returncode == 2
     assert "holds another run (optimizer.learning_rate is 0.0003 there and 0.5 here)" in done.stderr
+
+
+def test_a_recipe_that_was_refused_does_not_stand_in_the_way_of_its_repair(folder, tmp_path):
+    refused = train_grpo(folder, tmp_path, "policy.path=outputs/nothing", "optimizer.learning_rate=0.5")
+    again = train_grpo(folder, tmp_path, "policy.path=outputs/nothing")
+    assert (refused.returncode, again.returncode) == (2, 2)
+    assert "policy.path" in refused.stderr
+    assert "holds another run" not in again.stderr
+
+
+def test_a_copied_pipeline_runs_the_recipes_beside_it(tmp_path):
+    shutil.copytree(ROOT / "recipes/gsm8k", tmp_path / "mine")
+    pipeline = load_config(tmp_path / "mine/pipeline.yaml")
+    assert [Path(stage.recipe).parent for stage in pipeline.stages] == [tmp_path / "mine"] * 5
 
 
 def test_the_batch_arithmetic_is_printed_before_anything_else(folder, tmp_path):

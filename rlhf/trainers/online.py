@@ -85,7 +85,9 @@ def advantages_of(scores: Sequence[Score], config: GRPO) -> Tensor:
         return advantages.flatten()
     if algorithm.normalise_components:
         weights = torch.tensor([reward.weight for reward in config.rewards])
-        rows = [[score.components.get(reward.name, 0.0) for reward in config.rewards] for score in scores]
+        rows = [
+            [score.components[r.name] if score.value is not None else 0.0 for r in config.rewards] for score in scores
+        ]
         components = torch.tensor(rows).view(-1, size, len(config.rewards))
         advantages[decided] = normalised_components(components[decided], weights)
     else:
