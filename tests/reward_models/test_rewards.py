@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from reward_models.composite import CompositeReward, require_reachable
+from reward_models.composite import CompositeReward, build_reward, require_reachable
+from reward_models.grading import GraderPool
 from reward_models.outcome import STATISTICS, OutcomeModel, TokenPair, pairwise_accuracy, train
 from reward_models.verifiable import correctness, find_rule, format_followed
 from rlhf.config import load_config
@@ -178,3 +179,19 @@ def test_a_reward_model_without_statistics_is_refused(tmp_path):
 def test_saved_statistics_are_those_of_the_held_out_scores(trained):
     folder, statistics, _ = trained
     assert json.loads((folder / STATISTICS).read_text()) == statistics
+
+
+def test_a_recipes_reward_judges_in_processes_that_can_be_killed_with_the_recipes_limits():
+    config = load_config(
+        ROOT / "recipes/tiny/grpo.yaml",
+        ["rewards=[{name: correctness}]", "grader={accept: marked, timeout_seconds: 7}"],
+    )
+    reward = build_reward(config, prefill="", device="cpu")
+    pool = reward.judge.__self__
+    assert isinstance(pool, GraderPool)
+    assert (pool.accept, pool.timeout) == ("marked", 7.0)
+    assert [s.verdict for s in reward([rollout("The answer is 7."), rollout("The answer is 8.")])] == [
+        "correct",
+        "wrong",
+    ]
+    pool.close()

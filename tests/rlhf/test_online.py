@@ -18,7 +18,7 @@ from rlhf.models import load_causal_lm
 from rlhf.packing import pack_padded, pack_shared, padded_chunks, shared_chunks
 from rlhf.rollout.engine import build_engine
 from rlhf.run import Run
-from rlhf.trainers.online import OnlineTrainer, prompts_of_batch, score_rollouts
+from rlhf.trainers.online import OnlineTrainer, advantages_of, prompts_of_batch, score_rollouts
 from rlhf.types import Rollout, Score
 from rlhf.weight_sync import Probe
 
@@ -434,3 +434,21 @@ def test_padded_rows_score_every_token_from_the_one_before_it(renderer):
     left_out = pack_padded(rollouts, [0, 1], torch.tensor([2.0, -1.0]), torch.tensor([False, True]), pad_token_id=0)
     assert left_out.targets.tolist() == [10, 11, 12, 13, 14]
     assert left_out.sequences.tolist() == [1] * 5
+
+
+def test_an_undecided_group_does_not_enter_the_mean_of_the_batch():
+    scores = [Score(verdict="undecided" if v is None else "wrong", value=v) for v in (None, 9.0, 9.0, 1.0, 1.0, 0.0)]
+    advantages = advantages_of(scores, config("algorithm.advantage=batch_normalised", "algorithm.scale_by_std=false"))
+    assert_close(advantages, torch.tensor([0.0, 0.0, 0.0, 1 / 3, 1 / 3, -2 / 3]))  # mean 2/3 of the decided group alone
+
+
+def test_the_loop_compares_the_policies_of_the_ranks_after_each_push(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    gather = online.gather
+
+    def drifted(accelerator, items):
+        return [*gather(accelerator, items), *[x + 1e-3 for x in items if isinstance(x, float)]]
+
+    monkeypatch.setattr(online, "gather", drifted)
+    with pytest.raises(RuntimeError, match="different policies"):
+        trainer.train()
