@@ -17,7 +17,7 @@ from data.tokenizer import train_tokenizer
 from rlhf.config import Architecture
 from rlhf.models import build_qwen3
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
