@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from reward_models.grading import Grade, GraderPool, grade
 from reward_models.grading.pool import Case
 from reward_models.outcome import OutcomeModel
-from reward_models.verifiable import Component, find_rule
+from reward_models.verifiable import Component, find_rule, overlong
 from rlhf.config import GRPO, RewardModelReward
 from rlhf.types import Rollout, Score
 
@@ -79,6 +79,9 @@ def build_reward(config: GRPO, *, prefill: str, device: str) -> CompositeReward:
         if isinstance(reward, RewardModelReward):
             model = OutcomeModel.load(reward.path, device=device)
             models[reward.name] = (model.scorer(clip=reward.clip, batch_size=reward.batch_size), reward.weight)
+        elif reward.buffer_tokens is not None:
+            rule = overlong(max_tokens=config.rollout.max_new_tokens, buffer_tokens=reward.buffer_tokens)
+            rules[reward.name] = (rule, reward.weight)
         else:
             rules[reward.name] = (find_rule(reward.name), reward.weight)
     pool = GraderPool(

@@ -1,4 +1,5 @@
-"""Rewards that a rule decides. Each component maps a rollout to a number in [0, 1], or None when it cannot tell."""
+"""Rewards that a rule decides. Each component maps a rollout to a number, in [0, 1] or for a punishment in [-1, 0], or None when it
+cannot tell."""
 
 from __future__ import annotations
 
@@ -31,6 +32,26 @@ def format_followed(rollout: Rollout, text: str) -> float | None:
 def brevity(rollout: Rollout, text: str) -> float | None:
     """1 / (1 + tokens / 1000): a gentle preference for short completions; use a negative weight for the opposite."""
     return 1.0 / (1.0 + len(rollout.token_ids) / 1000)
+
+
+def overlong(*, max_tokens: int, buffer_tokens: int) -> Component:
+    """The soft overlong punishment of DAPO (https://arxiv.org/abs/2503.14476, eq. 13) for completions of at most `max_tokens`.
+
+        0 up to max_tokens - buffer_tokens, then falling by 1 / buffer_tokens with every token, to -1 at max_tokens
+
+    Raises:
+        ValueError: when the buffer is longer than a completion may be.
+    """
+    if buffer_tokens > max_tokens:
+        raise ValueError(
+            f"reward overlong has buffer_tokens {buffer_tokens}, more than the {max_tokens} of rollout.max_new_tokens, so every completion "
+            "would be punished; lower buffer_tokens"
+        )
+
+    def component(rollout: Rollout, text: str) -> float | None:
+        return min(max((max_tokens - buffer_tokens - len(rollout.token_ids)) / buffer_tokens, -1.0), 0.0)
+
+    return component
 
 
 RULES: dict[str, Component] = {"correctness": correctness, "format": format_followed, "length": brevity}

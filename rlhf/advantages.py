@@ -1,7 +1,10 @@
-"""From the rewards of a rollout batch to the advantage of each completion.
+"""From the rewards of a rollout batch to the advantage of each completion, step or token.
 
 An estimator maps [P, G], the rewards of all ranks' decided groups, to [P, G]. Whatever it computes, a group whose rewards are all
-equal and that is compared only with itself gets exactly 0: rounding in a mean must not become a signal.
+equal and that is compared only with itself gets exactly 0: rounding in a mean must not become a signal. `normalised_steps` does the
+same for rewards of steps.
+
+Rewards of tokens come flat: [N] trained tokens of [B] sequences laid end to end, of which `lengths` [B] says how many are whose.
 """
 
 from __future__ import annotations
@@ -72,12 +75,151 @@ def normalised_components(components: Tensor, weights: Tensor) -> Tensor:
 
 def _centered(rewards: Tensor, name: str) -> Tensor:
     """Rewards minus their group's mean; exactly 0 in a group of equal rewards."""
-    if rewards.shape[1] < 2:
-        raise ValueError(
-            f"{name} compares samples of one prompt and got G={rewards.shape[1]}; set rollout.samples_per_prompt to 2 or more"
-        )
+    _require_companions(rewards.shape[1], name)
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
     return (rewards - rewards.mean(1, keepdim=True)).masked_fill(equal, 0.0)
+
+
+def normalised_steps(
+    rewards: Tensor, samples: Tensor, *, shape: tuple[int, int], advantage: str, scale_by_std: bool
+) -> Tensor:
+    """Process supervision of GRPO (https://arxiv.org/abs/2402.03300, section 4.1.3), for every estimator: [S], [S] -> [S].
+
+        group_relative      (r - mean over all steps of the group) / (std over them + 1e-4)
+        leave_one_out       (r - mean over all steps of the group's other samples) / the same
+        batch_normalised    (r - mean over all steps of the batch) / (std over them + 1e-4)
+        group_baseline      (r - mean over all steps of the group) / (std over the batch of this difference + 1e-4)
+
+    Where every sample has one step, it is the estimator itself. Steps that are all equal where they are compared get exactly 0, and
+    so does a sample none of whose companions has a step, which has nothing to be compared with. What a token gets of it is
+    `sum_of_future`.
+
+    Args:
+        rewards: [S] of the steps of all ranks' decided groups, in any order.
+        samples: [S] sample of each step, prompt * G + number of the sample.
+        shape: (P, G)
+        advantage: name in ADVANTAGES.
+        scale_by_std: divide, or leave the difference as it is.
+
+    Raises:
+        ValueError: when a group has a single sample and the estimator compares samples of a group.
+    """
+    num_prompts, num_samples = shape
+    if advantage == "batch_normalised":
+        groups, num_groups = torch.zeros_like(samples), 1
+    else:
+        _require_companions(num_samples, advantage)
+        groups, num_groups = samples // num_samples, num_prompts
+    sums, counts = _sums(rewards, groups, num_groups), torch.bincount(groups, minlength=num_groups)
+    centered = rewards - (sums / counts.clamp(min=1))[groups]
+    spread = _sums(centered.square(), groups, num_groups) / (counts - 1).clamp(min=1)
+    if advantage == "group_baseline":
+        spread = (_sums(centered.square(), groups, num_groups).sum() / max(len(rewards) - 1, 1)).expand(num_groups)
+    if advantage == "leave_one_out":
+        own = torch.bincount(samples, minlength=num_prompts * num_samples)[samples]
+        others = counts[groups] - own
+        own_sums = _sums(rewards, samples, num_prompts * num_samples)[samples]
+        centered = rewards - (sums[groups] - own_sums) / others.clamp(min=1)
+        centered = centered.masked_fill(others == 0, 0.0)
+    lowest = rewards.new_zeros(num_groups).scatter_reduce(0, groups, rewards, "amin", include_self=False)
+    highest = rewards.new_zeros(num_groups).scatter_reduce(0, groups, rewards, "amax", include_self=False)
+    centered = centered.masked_fill((lowest == highest)[groups], 0.0)
+    return centered / (spread.sqrt()[groups] + STD_FLOOR) if scale_by_std else centered
+
+
+def sum_of_future(steps: Tensor, samples: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    """What a token is responsible for (https://arxiv.org/abs/2402.03300, section 4.1.3): [S], [S], [S], [B] -> [N].
+
+        A_t = sum of the steps of its sequence that end at t or later
+
+    Args:
+        steps: [S] normalised reward of each step.
+        samples: [S] sequence of each step, a place in `lengths`.
+        positions: [S] place of the step's last token among the trained tokens of its sequence, from 0.
+        lengths: [B] trained tokens of every sequence.
+    """
+    assert (positions < lengths[samples]).all(), "a step ends behind the last trained token of its sequence"
+    starts = lengths.cumsum(0) - lengths
+    ends = steps.new_zeros(int(lengths.sum())).index_add(0, starts[samples] + positions, steps)
+    return _laid_end_to_end(_padded(ends, lengths).flip(1).cumsum(1).flip(1), lengths)
+
+
+def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, coefficient: float) -> Tensor:
+    """The reward of PPO for language models (https://arxiv.org/abs/2203.02155, eq. 2; 1909.08593, eq. 2): [B], [N], [B] -> [N].
+
+        r_t = -coefficient kl_t + (score where t is the last token of its sequence)
+
+    Args:
+        scores: [B] of the completions; that of a sequence without trained tokens is not read.
+        kl: [N] estimate for each token (rlhf/kl.py), of the policy that sampled.
+        lengths: [B] trained tokens of every sequence.
+        coefficient: what a nat costs.
+    """
+    trained = lengths > 0
+    last = lengths.cumsum(0)[trained] - 1
+    return (-coefficient * kl.detach()).index_add(0, last, scores[trained].to(kl.dtype))
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, lengths: Tensor, *, discount: float, trace: float
+) -> Tensor:
+    """GAE (https://arxiv.org/abs/1506.02438, eq. 11 and 16), of each sequence for itself: [N], [N], [B] -> [N], no gradient.
+
+        delta_t = r_t + discount V_{t+1} - V_t              V = 0 after the last token of a sequence
+        A_t     = delta_t + discount trace A_{t+1}
+
+    The returns that the critic learns are A + V. `trace` (lambda in the paper) 1 is return minus value, 0 is delta.
+
+    Args:
+        rewards: [N] of the trained tokens.
+        values: [N] the critic's prediction before each of these tokens, of what is still to come.
+        lengths: [B] trained tokens of every sequence.
+        discount: gamma in the paper.
+        trace: lambda in the paper.
+    """
+    rewards, values = _padded(rewards.detach(), lengths), _padded(values.detach(), lengths)
+    # Padding holds zeros: that is the value after the last token, and no advantage comes out of it.
+    following = torch.cat([values[:, 1:], values.new_zeros(len(lengths), 1)], 1)
+    advantages = rewards + discount * following - values
+    for t in range(advantages.shape[1] - 2, -1, -1):
+        advantages[:, t] += discount * trace * advantages[:, t + 1]
+    return _laid_end_to_end(advantages, lengths)
+
+
+def whitened(advantages: Tensor, *, mean: float, std: float) -> Tensor:
+    """(A - mean) / (std + 1e-4): [N] -> [N], with the floor of every estimator here (TRL's PPO takes sqrt(var + 1e-8), as small).
+
+    Mean and standard deviation are those of the real tokens of all ranks, which the caller adds up: whitening a micro-batch or a
+    rank by itself would make the gradient depend on how the batch is split.
+    """
+    return (advantages - mean) / (std + STD_FLOOR)
+
+
+def _sums(values: Tensor, index: Tensor, count: int) -> Tensor:
+    return values.new_zeros(count).index_add(0, index, values)
+
+
+def _real(lengths: Tensor) -> Tensor:
+    """[B, longest] True on the tokens a sequence has."""
+    longest = int(lengths.max()) if len(lengths) else 0
+    return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _padded(flat: Tensor, lengths: Tensor) -> Tensor:
+    """[N] -> [B, longest], zeros behind the end of each sequence."""
+    real = _real(lengths)
+    return flat.new_zeros(real.shape).masked_scatter(real, flat)
+
+
+def _laid_end_to_end(padded: Tensor, lengths: Tensor) -> Tensor:
+    return padded[_real(lengths)]
+
+
+def _require_companions(num_samples: int, name: str) -> None:
+    if num_samples < 2:
+        raise ValueError(
+            f"{name} compares samples of one prompt and got G={num_samples}; set rollout.samples_per_prompt to 2 or more"
+        )
 
 
 ADVANTAGES = {

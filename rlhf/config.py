@@ -362,8 +362,20 @@ class RewardModel(Section):
 class RuleReward(Section):
     """A rule, or any function `my_package.module:name` with the signature of a reward component."""
 
-    name: Annotated[str, Field(pattern=r"^(correctness|format|length|[\w.]+:\w+)$")]
+    name: Annotated[str, Field(pattern=r"^(correctness|format|length|overlong|[\w.]+:\w+)$")]
     weight: float = 1.0
+    buffer_tokens: PositiveInt | None = None
+    """Of `overlong`: the last tokens before rollout.max_new_tokens, over which the punishment grows from 0 to -1."""
+
+    @model_validator(mode="after")
+    def _buffer_belongs_to_overlong(self) -> RuleReward:
+        if (self.name == "overlong") != (self.buffer_tokens is not None):
+            raise ValueError(
+                "reward overlong has no buffer_tokens; say over how many of the last tokens the punishment grows, DAPO takes a fifth of the longest length"
+                if self.name == "overlong"
+                else f"reward {self.name} has buffer_tokens {self.buffer_tokens}, which only overlong reads; remove it"
+            )
+        return self
 
 
 class RewardModelReward(Section):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def token_weights(
-    lengths: Tensor, aggregation: Literal["token", "sequence", "constant"], *, max_length: int = 1
+    lengths: Tensor, aggregation: Literal["token", "sequence", "constant", "sequence_sum"], *, max_length: int = 1
 ) -> Tensor:
     """Weight of each token of each sequence in the loss of one optimizer step.
 
@@ -21,6 +21,8 @@ def token_weights(
             `sequence`: every sequence counts the same, w_i = 1 / (len_i * number of sequences)
             (GRPO, https://arxiv.org/abs/2402.03300, eq. 3). `constant`: w_i = 1 / (max_length * number of sequences), so that
             a token's weight does not depend on how long its sequence is (Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.2).
+            `sequence_sum`: the mean over sequences of the sum over tokens, w_i = 1 / number of sequences, so that a sequence counts as
+            its length; with a sequence's ratio it is LUSPO (https://arxiv.org/abs/2602.05261).
         max_length: tokens a completion may have; only `constant` needs it.
 
     Returns:
@@ -32,4 +34,6 @@ def token_weights(
     num_sequences = (lengths > 0).sum().clamp(min=1)
     if aggregation == "constant":
         return torch.where(lengths > 0, 1.0 / (max_length * num_sequences), 0.0)
+    if aggregation == "sequence_sum":
+        return torch.where(lengths > 0, 1.0 / num_sequences, 0.0)
     return torch.where(lengths > 0, 1.0 / (lengths.clamp(min=1.0) * num_sequences), 0.0)

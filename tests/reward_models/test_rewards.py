@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from reward_models.composite import CompositeReward, build_reward, require_reachable
 from reward_models.grading import GraderPool
 from reward_models.outcome import STATISTICS, OutcomeModel, TokenPair, pairwise_accuracy, train
-from reward_models.verifiable import correctness, find_rule, format_followed
+from reward_models.verifiable import correctness, find_rule, format_followed, overlong
 from rlhf.config import load_config
 from rlhf.types import Prompt, Rollout
 
@@ -101,6 +101,39 @@ def test_a_reward_of_ones_own_is_found_by_its_dotted_path():
     assert find_rule("reward_models.verifiable:brevity")(rollout("x"), "x") == pytest.approx(1 / 1.002)
     with pytest.raises(ValueError, match="cannot be imported"):
         find_rule("no_such_package:rule")
+
+
+@pytest.mark.parametrize(("tokens", "value"), [(1, 0.0), (6, 0.0), (7, -0.25), (9, -0.75), (10, -1.0), (11, -1.0)])
+def test_the_overlong_punishment_grows_over_the_last_tokens_of_the_longest_completion(tokens, value):
+    punish = overlong(max_tokens=10, buffer_tokens=4)
+    assert punish(rollout("x", tokens=(5,) * tokens), "x") == value
+
+
+def test_a_buffer_that_would_punish_every_completion_is_refused():
+    with pytest.raises(ValueError, match="buffer_tokens 11, more than the 10 of rollout.max_new_tokens.*lower"):
+        overlong(max_tokens=10, buffer_tokens=11)
+
+
+def test_the_overlong_punishment_of_a_recipe_takes_its_length_from_the_rollout():
+    longest = load_config(ROOT / "recipes/tiny/grpo.yaml").rollout.max_new_tokens
+    config = load_config(
+        ROOT / "recipes/tiny/grpo.yaml",
+        ["rewards=[{name: correctness}, {name: overlong, weight: 0.5, buffer_tokens: 4}]"],
+    )
+    rule, weight = build_reward(config, prefill="", device="cpu").rules["overlong"]
+    assert (rule(rollout("x", tokens=(5,) * (longest - 1)), "x"), weight) == (-0.75, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "sentence"),
+    [
+        ("[{name: correctness}, {name: overlong}]", "overlong has no buffer_tokens; say over how many"),
+        ("[{name: correctness, buffer_tokens: 4}]", "correctness has buffer_tokens 4, which only overlong reads"),
+    ],
+)
+def test_the_buffer_belongs_to_the_overlong_punishment(rewards, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_config(ROOT / "recipes/tiny/grpo.yaml", [f"rewards={rewards}"])
 
 
 def test_pairwise_accuracy_counts_a_tie_as_half():

@@ -6,17 +6,34 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf.advantages import batch_normalised, group_baseline, group_relative, leave_one_out, normalised_components
-from rlhf.kl import k1, k2, k3
+from rlhf.advantages import (
+    ADVANTAGES,
+    batch_normalised,
+    generalised_advantages,
+    group_baseline,
+    group_relative,
+    leave_one_out,
+    normalised_components,
+    normalised_steps,
+    sum_of_future,
+    token_rewards,
+    whitened,
+)
+from rlhf.controllers import adapted_entropy_coefficient, adapted_kl_coefficient, applied_entropy_coefficient
+from rlhf.kl import k1, k2, k3, off_policy
 from rlhf.logprobs import chunked_logprobs, token_entropy, token_logprobs
 from rlhf.losses import (
     cispo_loss,
     clipped_policy_loss,
+    high_entropy_mask,
+    high_entropy_threshold,
     is_clipped,
     sampler_correction,
     sapo_loss,
     sequence_ratio,
     token_ratio,
+    value_loss,
+    vespo_loss,
 )
 from rlhf.masking import token_weights
 
@@ -242,3 +259,264 @@ def test_no_trained_token_gives_a_gradient_of_zero_and_not_none():
     logprobs, _ = chunked_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), temperature=1.0)
     logprobs.sum().backward()
     assert weight.grad.eq(0).all()
+
+
+def test_a_sequence_sum_counts_a_sequence_as_its_length():
+    assert_close(token_weights(torch.tensor([1, 4, 0]), "sequence_sum"), torch.tensor([0.5, 0.5, 0.0]))
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards of steps
+
+
+STEPS = torch.tensor([1.0, 0.0, 2.0, 5.0, 5.0, 5.0])
+SAMPLES = torch.tensor([0, 0, 1, 2, 3, 3])  # two prompts of two samples; the second prompt's steps are all equal
+
+
+@pytest.mark.parametrize(
+    ("advantage", "differences", "scale"),
+    [
+        ("group_relative", [0.0, -1.0, 1.0, 0.0, 0.0, 0.0], 1.0),  # mean 1, variance (0 + 1 + 1) / 2
+        ("leave_one_out", [-1.0, -2.0, 1.5, 0.0, 0.0, 0.0], 1.0),  # the other sample's mean: 2, 2, 1/2
+        ("batch_normalised", [-2.0, -3.0, -1.0, 2.0, 2.0, 2.0], math.sqrt(26 / 5)),  # mean 3, squares 4 + 9 + 1 + 3 * 4
+        ("group_baseline", [0.0, -1.0, 1.0, 0.0, 0.0, 0.0], math.sqrt(2 / 5)),  # one scale for both groups
+    ],
+)
+def test_steps_are_compared_as_their_estimator_compares_samples(advantage, differences, scale):
+    expected = torch.tensor(differences)
+    plain = normalised_steps(STEPS, SAMPLES, shape=(2, 2), advantage=advantage, scale_by_std=False)
+    assert_close(plain, expected)
+    scaled = normalised_steps(STEPS, SAMPLES, shape=(2, 2), advantage=advantage, scale_by_std=True)
+    assert_close(scaled, expected / (scale + 1e-4))
+
+
+@pytest.mark.parametrize("scale_by_std", [False, True])
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_one_step_in_each_sample_is_the_estimator_itself_in_any_order(advantage, scale_by_std):
+    rewards = torch.tensor([[1.0, 0.0, 4.0], [3.0, 1.0, 1.5], [0.1, 0.1, 0.1]])
+    order = torch.tensor([8, 3, 1, 0, 5, 7, 2, 6, 4])
+    got = normalised_steps(
+        rewards.flatten()[order], order, shape=(3, 3), advantage=advantage, scale_by_std=scale_by_std
+    )
+    assert_close(got, ADVANTAGES[advantage](rewards, scale_by_std=scale_by_std).flatten()[order])
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_equal_steps_give_exactly_zero_whatever_rounding_does_to_their_mean(advantage):
+    samples = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    got = normalised_steps(torch.full((7,), 0.1), samples, shape=(1, 2), advantage=advantage, scale_by_std=True)
+    assert got.eq(0).all()
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_a_single_step_has_nothing_to_be_compared_with(advantage):
+    got = normalised_steps(torch.tensor([3.0]), torch.tensor([1]), shape=(2, 2), advantage=advantage, scale_by_std=True)
+    assert got.eq(0).all()
+
+
+def test_steps_of_one_sample_alone_get_nothing_from_leave_one_out():
+    steps, samples = torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([1, 1, 2, 3])
+    got = normalised_steps(steps, samples, shape=(2, 2), advantage="leave_one_out", scale_by_std=False)
+    assert_close(got, torch.tensor([0.0, 0.0, 2.0, -2.0]))
+
+
+def test_steps_of_a_group_of_one_are_refused_unless_the_whole_batch_is_compared():
+    steps, samples = torch.tensor([1.0, 3.0]), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="leave_one_out .* got G=1; set rollout.samples_per_prompt"):
+        normalised_steps(steps, samples, shape=(2, 1), advantage="leave_one_out", scale_by_std=False)
+    got = normalised_steps(steps, samples, shape=(2, 1), advantage="batch_normalised", scale_by_std=False)
+    assert_close(got, torch.tensor([-1.0, 1.0]))
+
+
+def test_a_token_is_responsible_for_the_steps_that_end_at_it_or_later():
+    got = sum_of_future(
+        torch.tensor([10.0, 5.0, 1.0]), torch.tensor([0, 2, 0]), torch.tensor([2, 0, 0]), torch.tensor([3, 0, 2])
+    )
+    assert_close(got, torch.tensor([11.0, 10.0, 10.0, 5.0, 0.0]))
+
+
+def test_two_steps_that_end_at_the_same_token_both_count():
+    got = sum_of_future(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2]))
+    assert_close(got, torch.tensor([3.0, 3.0]))
+
+
+def test_a_step_beyond_the_end_of_its_sequence_is_a_bug():
+    with pytest.raises(AssertionError, match="behind the last trained token"):
+        sum_of_future(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([2]), torch.tensor([2, 5]))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ PPO
+
+
+def test_the_reward_of_ppo_is_the_cost_of_the_kl_and_the_score_at_the_end():
+    scores, kl = torch.tensor([1.0, 9.0, -2.0]), torch.tensor([0.5, -0.5, 2.0], requires_grad=True)
+    got = token_rewards(scores, kl, torch.tensor([2, 0, 1]), coefficient=0.1)
+    assert_close(got, torch.tensor([-0.05, 1.05, -2.2]))
+    assert not got.requires_grad
+
+
+def test_gae_by_hand_of_two_sequences_that_do_not_see_each_other():
+    rewards, values = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 1.0], requires_grad=True)
+    got = generalised_advantages(rewards, values, torch.tensor([2, 0, 1]), discount=0.5, trace=0.5)
+    # delta = 1 + 0.5 * 1 - 0.5, 2 - 1, 3 - 1; the first adds a quarter of the second
+    assert_close(got, torch.tensor([1.25, 1.0, 2.0]))
+    assert not got.requires_grad
+
+
+def test_gae_with_a_full_trace_is_return_minus_value_and_with_none_the_surprise_of_one_token():
+    rewards, values, lengths = torch.tensor([1.0, 0.0, 4.0]), torch.tensor([2.0, 3.0, 5.0]), torch.tensor([3])
+    full = generalised_advantages(rewards, values, lengths, discount=0.5, trace=1.0)
+    assert_close(full, torch.tensor([1 + 0.25 * 4 - 2, 0.5 * 4 - 3, 4.0 - 5]))
+    none = generalised_advantages(rewards, values, lengths, discount=0.5, trace=0.0)
+    assert_close(none, torch.tensor([1 + 0.5 * 3 - 2, 0.5 * 5 - 3, 4.0 - 5]))
+
+
+def test_gae_of_a_sequence_is_the_same_whatever_lies_beside_it():
+    rewards, values = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0.3, 0.1, -0.7])
+    alone = generalised_advantages(rewards, values, torch.tensor([3]), discount=0.9, trace=0.8)
+    for garbage in (1e30, math.inf, math.nan):
+        beside = torch.full((4,), garbage)
+        got = generalised_advantages(
+            torch.cat([beside, rewards, beside]), torch.cat([beside, values, beside]), torch.tensor([4, 3, 4]),
+            discount=0.9, trace=0.8,
+        )  # fmt: skip
+        assert_close(got[4:7], alone, rtol=0, atol=0)
+
+
+def test_no_sequence_has_no_advantages():
+    none, lengths = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    assert generalised_advantages(none, none, lengths, discount=1.0, trace=0.95).shape == (0,)
+    assert generalised_advantages(none, none, torch.tensor([0, 0]), discount=1.0, trace=0.95).shape == (0,)
+    assert sum_of_future(none, lengths, lengths, torch.tensor([0, 0])).shape == (0,)
+
+
+def test_whitening_uses_the_numbers_of_the_whole_batch_and_a_constant_stays_finite():
+    assert_close(whitened(torch.tensor([1.0, 4.0]), mean=2.0, std=0.5), torch.tensor([-1.0, 2.0]) / (0.5 + 1e-4))
+    assert_close(whitened(torch.tensor([3.0]), mean=3.0, std=0.0), torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "gradient"),
+    [
+        (1.5, 0.125, 0.5),  # nothing clipped: (1.5 - 1)^2 / 2
+        (1.0, 0.32, 0.0),  # moved to the return by more than the clip of 0.2: 1.8 counts, (1.8 - 1)^2 / 2
+        (2.5, 1.125, 1.5),  # moved away: the worse of (2.5 - 1)^2 / 2 and (2.2 - 1)^2 / 2
+        (1.9, 0.405, 0.9),  # within the clip
+        (0.0, 0.5, -1.0),  # overshot the return: its own error is the larger
+    ],
+)
+def test_the_critics_loss_is_the_worse_of_the_plain_and_the_clipped_error(value, loss, gradient):
+    old = 1.5 if value == 1.5 else 2.0
+    values = torch.tensor([value], requires_grad=True)
+    got = value_loss(values, torch.tensor([old]), torch.tensor([1.0]), clip=0.2)
+    got.sum().backward()
+    assert (got.item(), values.grad.item()) == (pytest.approx(loss), pytest.approx(gradient))
+
+
+def test_without_a_clip_the_critics_loss_is_half_the_squared_error():
+    values = torch.tensor([3.0], requires_grad=True)
+    got = value_loss(values, torch.tensor([100.0]), torch.tensor([1.0]), clip=None)
+    got.sum().backward()
+    assert (got.item(), values.grad.item()) == (2.0, 2.0)
+
+
+# ---------------------------------------------------------------------------------------------- VESPO, entropy, KL, controllers
+
+
+def test_vespo_is_the_policy_gradient_on_policy():
+    logprobs = torch.tensor([0.5, 0.25, 0.5]).log().requires_grad_()
+    vespo_loss(logprobs, logprobs.detach(), torch.tensor([2.0, 2.0, -3.0]), torch.tensor([0, 0, 1])).sum().backward()
+    assert_close(logprobs.grad, torch.tensor([-2.0, -2.0, 3.0]))
+
+
+def test_vespo_weighs_every_token_by_the_product_of_its_sequences_ratios():
+    # ratios 1/2 and 1/2 (product 1/4) with advantage 1, ratio 2 with advantage -1
+    logprobs = torch.tensor([0.25, 0.25, 0.5]).log().requires_grad_()
+    old = torch.tensor([0.5, 0.5, 0.25]).log()
+    loss = vespo_loss(
+        logprobs, old, torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0, 0, 1]),
+        power_positive=1.0, decay_positive=4.0, power_negative=2.0, decay_negative=1.0,
+    )  # fmt: skip
+    loss.sum().backward()
+    positive, negative = 0.25 * math.exp(4 * 0.75), 4 * math.exp(-1)
+    assert_close(logprobs.grad, torch.tensor([-positive, -positive, negative]))
+    assert_close(loss.detach(), torch.tensor([-positive * math.log(0.25)] * 2 + [negative * math.log(0.5)]))
+
+
+def test_vespo_stays_finite_far_from_the_policy_that_sampled():
+    for distance in (-1000.0, 1000.0):
+        logprobs = torch.tensor([distance], requires_grad=True)
+        loss = vespo_loss(logprobs, torch.zeros(1), torch.tensor([1.0]), torch.tensor([0]))
+        loss.sum().backward()
+        assert logprobs.grad.abs().item() < 1e-10
+
+
+def test_half_of_the_tokens_are_those_above_the_median_and_ties_with_it_stay():
+    entropies = torch.tensor([0.1, 0.5, 0.3, 0.2, 0.4])
+    assert high_entropy_threshold(entropies, 0.5) == pytest.approx(0.3)
+    assert high_entropy_mask(entropies, high_entropy_threshold(entropies, 0.5)).tolist() == [
+        False,
+        True,
+        True,
+        False,
+        True,
+    ]
+    tied = torch.tensor([0.3, 0.5, 0.3, 0.2, 0.3])
+    assert high_entropy_mask(tied, high_entropy_threshold(tied, 0.25)).tolist() == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 1), (0.29, 30), (0.2, 21), (0.7, 71), (1.0, 101)])
+def test_the_share_of_101_tokens_keeps_the_highest_and_at_least_one(share, kept):
+    entropies = torch.arange(101.0)[torch.randperm(101, generator=torch.Generator().manual_seed(0))]
+    mask = high_entropy_mask(entropies, high_entropy_threshold(entropies, share))
+    assert int(mask.sum()) == kept
+    assert entropies[mask].min() == 101 - kept
+
+
+def test_no_token_has_a_threshold_above_every_entropy():
+    assert high_entropy_threshold(torch.zeros(0), 0.2) == math.inf
+
+
+@pytest.mark.parametrize("estimator", [k1, k3])
+@pytest.mark.parametrize("old", [[0.2, 0.3, 0.5], [0.4, 0.4, 0.2]])
+def test_a_weighted_estimate_has_the_gradient_of_the_exact_kl_on_and_off_policy(estimator, old):
+    old, reference = torch.tensor(old), torch.tensor([0.5, 0.25, 0.25]).log()
+    logits = torch.tensor([0.2, 0.3, 0.5]).log()  # a policy of three tokens, summed over instead of sampled
+    gradients = []
+    for compute in (
+        lambda logp: (logp.exp() * (logp - reference)).sum(),
+        lambda logp: (old * off_policy(estimator(logp, reference), token_ratio(logp, old.log()))).sum(),
+    ):
+        leaf = logits.clone().requires_grad_()
+        value = compute(leaf.log_softmax(0))
+        value.backward()
+        gradients.append((value.detach(), leaf.grad))
+    assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (0.05, 0.5),  # on target
+        (0.055, 0.5 * 1.05),  # a tenth above it, half a horizon
+        (0.045, 0.5 * 0.95),
+        (5.0, 0.5 * 1.1),  # the error counts as a fifth at most
+        (-1.0, 0.5 * 0.9),  # an estimate of k1 may be negative
+    ],
+)
+def test_the_kl_coefficient_follows_its_target(measured, expected):
+    assert adapted_kl_coefficient(0.5, measured, target=0.05, horizon=1000, samples=500) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "entropy", "expected"),
+    [(0.01, 0.1, 0.015), (0.01, 0.2, 0.015), (0.01, 0.3, 0.005), (0.098, 0.1, 0.1), (0.003, 0.3, 0.0)],
+)
+def test_the_entropy_coefficient_rises_up_to_the_target_and_falls_above_it_within_its_bounds(
+    coefficient, entropy, expected
+):
+    got = adapted_entropy_coefficient(coefficient, entropy, target=0.2, step=0.005, maximum=0.1)
+    assert got == pytest.approx(expected)
+
+
+def test_the_entropy_bonus_is_paid_only_up_to_the_target():
+    assert [applied_entropy_coefficient(0.01, e, target=0.2) for e in (0.1, 0.2, 0.21, math.inf)] == [0.01, 0.01, 0, 0]
