@@ -9,7 +9,7 @@ from reward_models.grading import Grade, GraderPool, grade
 from reward_models.grading.pool import Case
 from reward_models.outcome import OutcomeModel
 from reward_models.verifiable import Component, find_rule, overlong
-from rlhf.config import GRPO, RewardModelReward
+from rlhf.config import Online, RewardModelReward
 from rlhf.types import Rollout, Score
 
 
@@ -71,7 +71,7 @@ class CompositeReward:
         )
 
 
-def build_reward(config: GRPO, *, prefill: str, device: str) -> CompositeReward:
+def build_reward(config: Online, *, prefill: str, device: str) -> CompositeReward:
     """The reward function of a recipe, its models loaded."""
     rules: dict[str, tuple[Component, float]] = {}
     models: dict[str, tuple[Callable[[Sequence[Rollout]], list[float]], float]] = {}

@@ -14,17 +14,28 @@ from accelerate import Accelerator
 STATE = "state.json"
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, *, batch: int, keep: int, state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    accelerators: Mapping[str, Accelerator], folder: Path, *, batch: int, keep: int, state: Mapping[str, Any]
+) -> None:
     """Weights, optimizer, schedule and the random state of every rank, under `folder/batch-N`; the newest `keep` stay.
 
     Written under another name and renamed when complete, so a kill leaves the previous checkpoint as it was.
+
+    Args:
+        accelerators: each holds a model that is trained; the name is that of its folder in the checkpoint.
+        folder: of all checkpoints.
+        batch: rollout batches trained on.
+        keep: how many checkpoints stay.
+        state: what else a resume needs, as JSON.
     """
+    accelerator = next(iter(accelerators.values()))
     temporary, final = folder / f"writing-{batch:06d}", folder / f"batch-{batch:06d}"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary), safe_serialization=True)
+    for name, of_model in accelerators.items():
+        of_model.save_state(str(temporary / name), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (temporary / STATE).write_text(json.dumps({**state, "batch": batch}), encoding="utf-8")
@@ -40,10 +51,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("batch-*") if (path / STATE).is_file())
 
 
-def load_newest(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
-    """Restore the newest checkpoint into everything `accelerator.prepare` was given; its state, or None when there is none."""
+def load_newest(accelerators: Mapping[str, Accelerator], folder: Path) -> dict[str, Any] | None:
+    """Restore the newest checkpoint into everything the accelerators prepared; its state, or None when there is none."""
     found = checkpoints(folder)
     if not found:
         return None
-    accelerator.load_state(str(found[-1]))
+    for name, accelerator in accelerators.items():
+        accelerator.load_state(str(found[-1] / name))
     return json.loads((found[-1] / STATE).read_text(encoding="utf-8"))

@@ -34,17 +34,47 @@ class Chat(Section):
     system_prompt: str | None = None
 
 
-class Model(Section):
-    """Weights to start from."""
+class Weights(Section):
+    """A saved model."""
 
     path: str
     """A folder, or a repository on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit when `path` is on the hub; pin a commit to be able to repeat the run."""
+
+
+class Lora(Section):
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685): W stays as it is and A, B of W + alpha / rank B A are trained, in float32.
+
+    There is no dropout: it would make the trainer's policy another one than the sampler's.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Last parts of the names of linear layers, such as q_proj; by default all linear layers of the blocks."""
+
+
+class PolicyLora(Lora):
+    sync: Literal["merged", "adapter"] = "merged"
+    """What the rollout engine gets after each step: whole weights, adapters added, or the adapters alone, which it then applies itself."""
+
+
+class Model(Weights):
+    """Weights to start training from."""
+
     dtype: Dtype = "float32"
     """Precision of the weights in training."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: Lora | None = None
+    """Train adapters instead of the weights."""
+
+
+class Policy(Model):
+    """Weights to start from, which a rollout engine follows."""
+
+    lora: PolicyLora | None = None
 
 
 class Optimizer(Section):
@@ -225,7 +255,7 @@ class Decontamination(Section):
 class Difficulty(Section):
     """Pass rate of a policy on each problem that is left; problems outside the bounds are dropped."""
 
-    policy: Model
+    policy: Weights
     chat: Chat = Chat()
     rollout: Rollout
     min_pass_rate: Share = 0.0
@@ -389,17 +419,35 @@ class RewardModelReward(Section):
     batch_size: PositiveInt = 64
 
 
-class Algorithm(Section):
-    """Which member of the family it is (the equations are in rlhf/advantages.py, losses.py and masking.py)."""
+class Reference(Section):
+    """What the KL penalty refers to."""
 
-    advantage: Literal["group_relative", "leave_one_out", "batch_normalised", "group_baseline"] = "group_relative"
-    """GRPO, RLOO, REINFORCE++, REINFORCE++ with baseline."""
-    scale_by_std: bool = True
-    """Divide by the standard deviation (GRPO) or not (Dr. GRPO)."""
-    normalise_components: bool = False
-    """Compare each reward component within its group before they are added (GDPO); `advantage` is then not used."""
-    loss: Literal["clipped", "sequence_clipped", "cispo", "sapo"] = "clipped"
-    """PPO's clip on each token's ratio, GSPO's on the sequence's, CISPO's clipped weight, SAPO's soft gate."""
+    kind: Literal["frozen", "lora_base", "moving_average"] = "frozen"
+    """`frozen`: the weights at `path`. `lora_base`: the policy with its adapters off. `moving_average`: starts as a copy of the policy and
+    follows it (https://arxiv.org/abs/2404.09656)."""
+    path: str | None = None
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    mix: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of the policy in a moving average, each time it follows."""
+    every_steps: PositiveInt = 64
+    """Optimizer steps between two times that a moving average follows."""
+
+    @model_validator(mode="after")
+    def _path_belongs_to_frozen(self) -> Reference:
+        if (self.kind == "frozen") != (self.path is not None):
+            problem = "has no path" if self.path is None else f"has the path {self.path}, which nothing would read"
+            raise ValueError(
+                f"reference.kind is {self.kind} and it {problem}; name the weights for kind frozen and only there"
+            )
+        return self
+
+
+class Algorithm(Section):
+    """What the members of the family share (the equations are in rlhf/losses.py, kl.py and masking.py)."""
+
+    loss: Literal["clipped", "sequence_clipped", "cispo", "sapo", "vespo"] = "clipped"
+    """PPO's clip on each token's ratio, GSPO's on the sequence's, CISPO's clipped weight, SAPO's soft gate, VESPO's weight of the sequence."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     """Above clip_low it is DAPO's clip-higher. The losses of GSPO want bounds near 4e-4; CISPO's weight ends at 1 + clip_high."""
@@ -407,18 +455,101 @@ class Algorithm(Section):
     """Largest ratio of a token whose advantage is negative: the two-sided clip, for the clipped losses."""
     sapo_temperature_positive: Annotated[float, Field(gt=0)] = 1.0
     sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    """Mean over all tokens of an optimizer step (DAPO), mean over sequences of each one's mean (GRPO), or sum over a constant (Dr. GRPO)."""
+    aggregation: Literal["token", "sequence", "constant", "sequence_sum"] = "token"
+    """Mean over all tokens of an optimizer step (DAPO), mean over sequences of each one's mean (GRPO), sum over a constant (Dr. GRPO), or mean
+    over sequences of each one's sum (LUSPO, with the loss sequence_clipped)."""
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """How much entropy, in nats per token, is worth in the loss."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
     """Weight tokens by how much likelier the trainer finds them than the engine did, bounded (TIS) or dropped beyond the bound (MIS)."""
     sampler_correction_level: Literal["token", "sequence"] = "token"
     sampler_correction_max: Annotated[float, Field(gt=1)] = 2.0
+    entropy_target: Annotated[float, Field(ge=0)] | None = None
+    """Nats per token: the coefficient grows by entropy_step while the entropy is at or below it, up to entropy_maximum, and shrinks above, where
+    no bonus is paid (https://arxiv.org/abs/2505.22312)."""
+    entropy_step: Annotated[float, Field(gt=0)] = 0.005
+    entropy_maximum: Annotated[float, Field(gt=0)] = 1.0
+    top_entropy_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of an optimizer step's tokens, those of highest entropy, that get a policy gradient (https://arxiv.org/abs/2506.01939); costs a
+    forward pass before the step."""
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or subtracted from the reward: of each token in PPO, of the sequence (its sum) elsewhere."""
+    kl_weighted: bool = False
+    """Multiply the term of the loss by the ratio, which makes its gradient unbiased off policy (DeepSeek-V3.2, TRL's default)."""
+    kl_target: Annotated[float, Field(gt=0)] | None = None
+    """Nats per token that an adaptive coefficient steers to (https://arxiv.org/abs/1909.08593)."""
+    kl_horizon: Annotated[float, Field(gt=0)] = 10_000.0
+    """Completions over which an adaptive coefficient moves by its error."""
     truncated: Literal["grade", "wrong", "mask"] = "wrong"
     """A completion cut by max_new_tokens is graded as it stands, counts as wrong, or is kept out of the loss."""
+
+    @model_validator(mode="after")
+    def _coefficients(self) -> Algorithm:
+        if self.kl_target is not None and self.kl_coefficient == 0:
+            raise ValueError(
+                f"kl_target is {self.kl_target} but kl_coefficient, where it starts, is 0; set a coefficient or remove the target"
+            )
+        if self.kl_weighted and (self.kl_in == "reward" or self.kl_coefficient == 0):
+            raise ValueError(
+                "kl_weighted needs a KL term in the loss; set kl_coefficient and kl_in to loss, or remove it"
+            )
+        if self.ratio_ceiling is not None and self.loss not in ("clipped", "sequence_clipped"):
+            raise ValueError(
+                f"ratio_ceiling is {self.ratio_ceiling} and loss is {self.loss!r}, which does not clip; remove it"
+            )
+        return self
+
+
+class GroupAlgorithm(Algorithm):
+    """How the samples of a prompt are compared (the equations are in rlhf/advantages.py)."""
+
+    advantage: Literal["group_relative", "leave_one_out", "batch_normalised", "group_baseline"] = "group_relative"
+    """GRPO, RLOO, REINFORCE++, REINFORCE++ with baseline."""
+    scale_by_std: bool = True
+    """Divide by the standard deviation (GRPO) or not (Dr. GRPO)."""
+    normalise_components: bool = False
+    """Compare each reward component within its group before they are added (GDPO); `advantage` is then not used."""
+
+    @model_validator(mode="after")
+    def _components(self) -> GroupAlgorithm:
+        if self.normalise_components and not self.scale_by_std:
+            raise ValueError(
+                "normalise_components divides by standard deviations and scale_by_std is false; set one of them the other way"
+            )
+        if self.normalise_components and self.kl_in == "reward":
+            raise ValueError(
+                "normalise_components compares components and kl_in reward is none of them; set kl_in to loss"
+            )
+        return self
+
+
+class PPOAlgorithm(Algorithm):
+    """PPO with a critic (https://arxiv.org/abs/1707.06347), as InstructGPT uses it (https://arxiv.org/abs/2203.02155)."""
+
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_in: Literal["loss", "reward"] = "reward"
+    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    trace: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """The lambda of generalised advantage estimation."""
+    whiten: bool = True
+    """Advantages to mean 0 and standard deviation 1 over the real tokens of a rollout batch."""
+
+
+class Critic(Section):
+    """The value model. A reward model brings its head; a language model gets one that starts at 0."""
+
+    path: str
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    gradient_checkpointing: bool = False
+    lora: Lora | None = None
+    optimizer: Optimizer
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """How far a value may move from where it was at sampling before its gradient ends."""
+    warmup_batches: Annotated[int, Field(ge=0)] = 0
+    """Rollout batches that train only the critic, before the policy moves."""
 
 
 class Grader(Section):
@@ -445,9 +576,12 @@ class Guards(Section):
     """Mean absolute difference, in nats, between the engine's and the trainer's log-probabilities of a probe after each sync."""
 
 
-class GRPORollout(Rollout):
+class OnlineRollout(Rollout):
     prompts_per_batch: PositiveInt
     """Over all ranks. A rollout batch is sampled by one policy version."""
+    refill_rounds: Annotated[int, Field(ge=0)] = 0
+    """How often groups without signal are replaced by fresh prompts' groups before training: dynamic sampling (DAPO,
+    https://arxiv.org/abs/2503.14476, section 3.2) with a budget. What is left without signal after the last round stays."""
 
 
 class OnlineTraining(Section):
@@ -465,30 +599,27 @@ class OnlineTraining(Section):
     keep_checkpoints: PositiveInt = 2
 
 
-class GRPO(Section):
+class Online(Section):
     """Reinforcement learning with verifiable and learned rewards, in this project's own loop."""
 
-    stage: Literal["grpo"]
     output_dir: str
     seed: int = 0
-    policy: Model
-    reference: Model | None = None
-    """The frozen model that the KL penalty refers to."""
+    policy: Policy
+    reference: Reference | None = None
     chat: Chat = Chat()
     problems: str
     demonstrations: str
     """Reference solutions: before training they must earn the full reward, and after each weight push both sides score some of them."""
-    rollout: GRPORollout
+    rollout: OnlineRollout
     rewards: Annotated[tuple[RewardModelReward | RuleReward, ...], Field(min_length=1)]
     grader: Grader = Grader()
-    algorithm: Algorithm = Algorithm()
+    algorithm: Algorithm
     training: OnlineTraining
     optimizer: Optimizer
     guards: Guards = Guards()
-    script: ClassVar[str] = "scripts/train_grpo.py"
 
     @model_validator(mode="after")
-    def _relations(self) -> GRPO:
+    def _relations(self) -> Online:
         if self.algorithm.kl_coefficient > 0 and self.reference is None:
             raise ValueError(
                 f"algorithm.kl_coefficient is {self.algorithm.kl_coefficient} but reference is not set; "
@@ -498,18 +629,13 @@ class GRPO(Section):
             raise ValueError(
                 "reference is set but algorithm.kl_coefficient is 0, so nothing would read it; remove reference or raise the coefficient"
             )
-        if self.algorithm.ratio_ceiling is not None and self.algorithm.loss not in ("clipped", "sequence_clipped"):
-            raise ValueError(
-                f"algorithm.ratio_ceiling is {self.algorithm.ratio_ceiling} and algorithm.loss is {self.algorithm.loss!r}, which does not clip; remove it"
-            )
-        if self.algorithm.normalise_components and not self.algorithm.scale_by_std:
-            raise ValueError(
-                "algorithm.normalise_components divides by standard deviations and algorithm.scale_by_std is false; set one of them the other way"
-            )
-        if self.rollout.samples_per_prompt < 2:
-            raise ValueError(
-                f"group_relative compares samples of one prompt and rollout.samples_per_prompt is {self.rollout.samples_per_prompt}; set it to 2 or more"
-            )
+        if self.reference is not None:
+            kind, lora = self.reference.kind, self.policy.lora is not None
+            if (kind == "lora_base" and not lora) or (kind == "moving_average" and lora):
+                raise ValueError(
+                    f"reference.kind is {kind} and policy.lora is {'set' if lora else 'not set'}; with LoRA take lora_base or frozen, "
+                    "without it frozen or moving_average"
+                )
         if self.rollout.prompts_per_batch % self.training.minibatches_per_batch:
             raise ValueError(
                 f"rollout.prompts_per_batch is {self.rollout.prompts_per_batch}, not a multiple of training.minibatches_per_batch "
@@ -526,6 +652,43 @@ class GRPO(Section):
         if "correctness" not in names:
             raise ValueError(
                 f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported"
+            )
+        return self
+
+
+class GRPO(Online):
+    """The members of the family that compare the samples of a prompt: GRPO, Dr. GRPO, RLOO, DAPO, REINFORCE++, GSPO, CISPO, SAPO, GDPO."""
+
+    stage: Literal["grpo"]
+    algorithm: GroupAlgorithm = GroupAlgorithm()  # type: ignore[reportIncompatibleVariableOverride]  # frozen, so narrowing it is safe
+    script: ClassVar[str] = "scripts/train_grpo.py"
+
+    @model_validator(mode="after")
+    def _groups(self) -> GRPO:
+        if self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"group_relative compares samples of one prompt and rollout.samples_per_prompt is {self.rollout.samples_per_prompt}; set it to 2 or more"
+            )
+        return self
+
+
+class PPO(Online):
+    """Proximal policy optimisation with a critic."""
+
+    stage: Literal["ppo"]
+    algorithm: PPOAlgorithm = PPOAlgorithm()  # type: ignore[reportIncompatibleVariableOverride]
+    critic: Critic
+    script: ClassVar[str] = "scripts/train_ppo.py"
+
+    @model_validator(mode="after")
+    def _warmup(self) -> PPO:
+        if self.critic.warmup_batches >= self.training.num_batches:
+            raise ValueError(
+                f"critic.warmup_batches is {self.critic.warmup_batches} of training.num_batches {self.training.num_batches}, so the policy would never be trained; lower it"
+            )
+        if self.rollout.refill_rounds:
+            raise ValueError(
+                "rollout.refill_rounds replaces groups without signal; with a critic every completion has one: set it to 0"
             )
         return self
 
@@ -554,7 +717,7 @@ class Server(Section):
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 
-class EvaluatedModel(Model):
+class EvaluatedModel(Weights):
     server: Server | None = None
     """Where to sample from; without it the weights are loaded by rollout.engine."""
 
@@ -659,7 +822,7 @@ class Pipeline(Section):
     script: ClassVar[str] = "scripts/run_pipeline.py"
 
 
-Config = PrepareData | CurateData | BuildModel | SFT | RewardModel | GRPO | Evaluate | Pipeline
+Config = PrepareData | CurateData | BuildModel | SFT | RewardModel | GRPO | PPO | Evaluate | Pipeline
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
 
 
@@ -812,7 +975,7 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
             ("optimizer steps", f"{training.num_steps:,}"),
             (f"{what} seen", f"{training.num_steps * training.sequences_per_step:,}"),
         ]
-    if not isinstance(config, GRPO):
+    if not isinstance(config, Online):
         return []
     rollout, training = config.rollout, config.training
     if rollout.prompts_per_batch % (num_ranks * training.minibatches_per_batch):

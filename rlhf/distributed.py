@@ -47,6 +47,12 @@ def start(seed: int, *, max_grad_norm: float = 1.0) -> Accelerator:
     return accelerator
 
 
+def beside(accelerator: Accelerator) -> Accelerator:
+    """A second accelerator over the same ranks, for a second model with an optimizer of its own."""
+    assert accelerator.state is not None
+    return Accelerator()  # accelerate's state is one per process
+
+
 def require_all_ranks(accelerator: Accelerator) -> None:
     """Check that the ranks that were launched know of each other.
 

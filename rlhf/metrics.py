@@ -13,6 +13,11 @@ MEANING = {
     "reward/correctness": "share of judged completions with the right answer",
     "reward/group_std": "mean standard deviation of the rewards of a group",
     "reward/groups_with_signal": "share of groups whose rewards are not all equal; the others have no gradient",
+    "advantage/magnitude": "mean absolute advantage of a trained token",
+    "advantage/positive": "share of trained tokens with an advantage above 0",
+    "rollout/tokens": "tokens sampled for the batch, of groups that were replaced too, per rank",
+    "rollout/tokens_per_second": "tokens sampled per second and rank",
+    "rollout/refilled": "share of groups without signal that rollout.refill_rounds replaced",
     "rollout/length": "mean tokens of a completion",
     "rollout/truncated": "share of completions cut by max_new_tokens",
     "rollout/undecided": "share of completions the grader could not judge; their groups are left out",
@@ -23,13 +28,25 @@ MEANING = {
     "policy/sampler_correction": "mean weight of a trained token by algorithm.sampler_correction",
     "policy/kl_sampler": "k3 estimate of KL(sampler || trainer) per token, measured before the policy moves; 0 up to rounding",
     "policy/kl_reference": "estimate of KL(policy || reference) per trained token, only with a reference",
+    "policy/focus": "share of trained tokens that algorithm.top_entropy_share left a gradient",
     "policy/grad_norm": "gradient norm before clipping, mean over the batch's optimizer steps",
+    "critic/loss": "value loss of the optimizer step, summed over its tokens with their weights",
+    "critic/error": "mean squared difference between value and return at trained tokens, before the step",
+    "critic/value": "mean value the critic predicts at trained tokens",
+    "critic/return": "mean return at trained tokens, what the critic should predict",
+    "critic/grad_norm": "gradient norm of the critic before clipping, mean over the batch's optimizer steps",
     "train/tokens": "tokens a forward pass computes, padding included, mean over the batch's micro-batches",
+    "train/tokens_per_second": "completion tokens trained on per second of training and rank, once per batch whatever the passes",
     "sync/error": "nats per token between engine and trainer on the probe after the sync",
     "seconds/rollout": "time sampling",
     "seconds/reward": "time scoring",
     "seconds/train": "time in forward, backward and optimizer",
     "seconds/sync": "time pushing weights and checking them",
+    "share/rollout": "part of the batch's time that went into sampling",
+    "share/reward": "part that went into scoring, with the reference's and the critic's passes before the update",
+    "share/train": "part that went into optimizer steps",
+    "share/sync": "part that went into pushing weights and checking them",
+    "memory/peak_gb": "highest memory in use so far, in GiB: of the device, or of the process on a CPU",
 }
 """Components named in a recipe add `reward/<name>`."""
 
@@ -47,6 +64,10 @@ class Metrics:
     def add(self, key: str, *, total: float, count: float) -> None:
         self._total[key] += total
         self._count[key] += count
+
+    def update(self, other: Metrics) -> None:
+        for key, (total, count) in other.pairs().items():
+            self.add(key, total=total, count=count)
 
     def pairs(self) -> dict[str, tuple[float, float]]:
         return {key: (self._total[key], self._count[key]) for key in self._total}

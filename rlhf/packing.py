@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,13 +78,12 @@ def padded_chunks(rollouts: Sequence[Rollout], rows: Sequence[int], budget: int)
     return chunks
 
 
-def pack_shared(rollouts: Sequence[Rollout], rows: Sequence[int], advantages: Tensor, trained: Tensor) -> Batch:
+def pack_shared(rollouts: Sequence[Rollout], rows: Sequence[int], trained: Tensor) -> Batch:
     """One row: every prompt once, its completions, each without its last token, directly after it.
 
     Args:
         rollouts: all rollouts of this rank.
         rows: which of them.
-        advantages: [B] of all rollouts.
         trained: [B] False for those kept out of the loss.
     """
     tokens: list[int] = []
@@ -115,13 +115,11 @@ def pack_shared(rollouts: Sequence[Rollout], rows: Sequence[int], advantages: Te
         layout=tuple(layout),
         scored=torch.tensor(scored, dtype=torch.long),
         rows=tuple(order),
-        **_per_token(rollouts, order, kept, advantages),
+        **_per_token(rollouts, order, kept),
     )
 
 
-def pack_padded(
-    rollouts: Sequence[Rollout], rows: Sequence[int], advantages: Tensor, trained: Tensor, *, pad_token_id: int
-) -> Batch:
+def pack_padded(rollouts: Sequence[Rollout], rows: Sequence[int], trained: Tensor, *, pad_token_id: int) -> Batch:
     """One row a sequence, without its last token, padded on the right; for models whose attention cannot share prompts."""
     sequences = [(*rollouts[i].prompt.token_ids, *rollouts[i].token_ids[:-1]) for i in rows]
     width = max(map(len, sequences))
@@ -138,11 +136,11 @@ def pack_padded(
         layout=None,
         scored=torch.tensor(scored, dtype=torch.long),
         rows=tuple(rows),
-        **_per_token(rollouts, list(rows), [i for i in rows if trained[i]], advantages),
+        **_per_token(rollouts, list(rows), [i for i in rows if trained[i]]),
     )
 
 
-def _per_token(rollouts: Sequence[Rollout], order: list[int], kept: list[int], advantages: Tensor) -> dict[str, Tensor]:
+def _per_token(rollouts: Sequence[Rollout], order: list[int], kept: list[int]) -> dict[str, Any]:
     """What belongs to each trained token, sequence after sequence."""
     place = {i: b for b, i in enumerate(order)}
     lengths = torch.tensor([len(rollouts[i].token_ids) for i in kept], dtype=torch.long)
@@ -150,5 +148,5 @@ def _per_token(rollouts: Sequence[Rollout], order: list[int], kept: list[int], a
         "targets": torch.tensor([t for i in kept for t in rollouts[i].token_ids], dtype=torch.long),
         "sequences": torch.tensor([place[i] for i in kept], dtype=torch.long).repeat_interleave(lengths),
         "sampler_logprobs": torch.tensor([p for i in kept for p in rollouts[i].logprobs], dtype=torch.float32),
-        "advantages": advantages[kept].repeat_interleave(lengths) if kept else torch.zeros(0),
+        "kept": tuple(kept),
     }

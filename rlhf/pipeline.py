@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.config import GRPO, Config, Evaluate, Pipeline, RewardModel, batch_arithmetic, load_config
+from rlhf.config import Config, Evaluate, Online, Pipeline, RewardModel, batch_arithmetic, load_config
 from rlhf.report import draw, headline
 from rlhf.run import DIE_WITH_PARENT, Run, check_output_dir, die_with_parent, finished, say, write_json
 
@@ -121,13 +121,13 @@ def summarise(folder: Path, stages: list[Config]) -> dict[str, Any]:
             }
         if isinstance(stage, RewardModel):
             summary["reward_model_accuracy"] = done["accuracy"]
-        if isinstance(stage, GRPO):
+        if isinstance(stage, Online):
             summary["rollout_engine"], summary["max_kl_sampler"] = done["rollout_engine"], done["max_kl_sampler"]
     summary["seconds"] = {name: done["seconds"] for name, done in results.items()}
     summary["peak_memory_gb"] = max(done["peak_memory_gb"] for done in results.values())
     write_json(folder / "summary.json", summary)
 
-    grpo = next((stage for stage in stages if isinstance(stage, GRPO)), None)
+    grpo = next((stage for stage in stages if isinstance(stage, Online)), None)
     evaluation = results.get("evaluate")
     if evaluation:
         say(headline(evaluation))

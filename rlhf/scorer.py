@@ -21,6 +21,19 @@ def has_plain_head(model: Any) -> bool:
 _HEAD_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
+def run(model: Any, batch: Batch) -> Any:
+    """A model of transformers, or its body, over the rows of a batch; its output."""
+    device = next(model.parameters()).device
+    extra = {"layout": batch.layout} if batch.layout is not None else {}
+    return model(
+        input_ids=batch.input_ids.to(device),
+        position_ids=batch.position_ids.to(device),
+        attention_mask=None if batch.attention_mask is None else batch.attention_mask.to(device),
+        use_cache=False,
+        **extra,
+    )
+
+
 class Scorer(nn.Module):
     """Runs a model over a `Batch` and scores its trained tokens, without logits of any other position.
 
@@ -33,21 +46,14 @@ class Scorer(nn.Module):
 
     def __init__(self, model: Any, *, share_prompts: bool) -> None:
         super().__init__()
-        self.model, self.plain_head = model, has_plain_head(model)
+        self.model, self.plain_head, self.share_prompts = model, has_plain_head(model), share_prompts
         model.set_attn_implementation(NAME if share_prompts else "sdpa")
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """[N] log-probabilities of the targets and [N] entropies, in nats at the sampler's temperature."""
-        device = next(self.model.parameters()).device
-        extra = {"layout": batch.layout} if batch.layout is not None else {}
-        output = (self.model.base_model if self.plain_head else self.model)(
-            input_ids=batch.input_ids.to(device),
-            position_ids=batch.position_ids.to(device),
-            attention_mask=None if batch.attention_mask is None else batch.attention_mask.to(device),
-            use_cache=False,
-            **extra,
-        )
+        output = run(self.model.base_model if self.plain_head else self.model, batch)
         states = output.last_hidden_state if self.plain_head else output.logits
+        device = states.device
         selected = states.flatten(0, 1).index_select(0, batch.scored.to(device))
         targets = batch.targets.to(device)
         if not self.plain_head:

@@ -62,6 +62,15 @@ class Rollout:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class StepReward:
+    """What one step of a completion earns; a token is the shortest step."""
+
+    position: int
+    """Index in `Rollout.token_ids` of the step's last token."""
+    value: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """What the reward functions say of one rollout."""
@@ -71,7 +80,9 @@ class Score:
     value: float | None
     """The total reward; None exactly when undecided, so that it cannot be mistaken for a 0."""
     components: Mapping[str, float] = field(default_factory=dict)
-    """Each component before its weight, by name."""
+    """Each component before its weight, by name; of a component that judges steps, the sum."""
+    steps: tuple[StepReward, ...] = ()
+    """Weighted rewards of single steps or tokens, on top of `value`, which the end of the completion earns."""
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -105,10 +116,10 @@ class Batch:
     """[N] which of `rows` each of them belongs to, from 0."""
     sampler_logprobs: Tensor
     """[N] as the rollout engine reported them."""
-    advantages: Tensor
-    """[N]"""
     rows: tuple[int, ...]
     """[B] index of each sequence in the rollout batch it came from."""
+    kept: tuple[int, ...]
+    """Those of `rows` that are trained on, in the order of their tokens: what belongs to the `N` tokens is theirs laid end to end."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,10 +1,12 @@
-"""Group-relative policy optimisation. `accelerate launch scripts/train_grpo.py --config recipes/tiny/grpo.yaml`"""
+"""Group-relative policy optimisation and its family. `accelerate launch scripts/train_grpo.py --config recipes/tiny/grpo.yaml`"""
 
 from data.chat import ChatRenderer, render_response
 from data.records import Demonstration, Problem, read_records
 from reward_models.composite import build_reward, require_reachable
-from rlhf.config import GRPO, RewardModelReward
+from rlhf.config import GRPO, PPO, Online, RewardModelReward
+from rlhf.critic import load_critic
 from rlhf.distributed import start
+from rlhf.lora import add_lora
 from rlhf.models import check_model_path, load_causal_lm, load_tokenizer
 from rlhf.rollout.engine import build_engine, require_prompts_fit
 from rlhf.run import Run, run_stage
@@ -15,10 +17,14 @@ from rlhf.weight_sync import Probe
 NUM_PROBES = 4
 
 
-def train_grpo(config: GRPO, run: Run) -> None:
+def train_online(config: Online, run: Run) -> None:
     problems = read_records(Problem, config.problems)
     demonstrations = read_records(Demonstration, config.demonstrations)
     check_model_path(config.policy.path, "policy.path")
+    if config.reference is not None and config.reference.path is not None:
+        check_model_path(config.reference.path, "reference.path")
+    if isinstance(config, PPO):
+        check_model_path(config.critic.path, "critic.path")
     for reward in config.rewards:
         if isinstance(reward, RewardModelReward):
             check_model_path(reward.path, "rewards.reward_model.path")
@@ -35,18 +41,25 @@ def train_grpo(config: GRPO, run: Run) -> None:
     accelerator = start(config.seed, max_grad_norm=config.optimizer.max_grad_norm)
     reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device))
     require_reachable(reward_fn, fitting)
+    policy = load_causal_lm(config.policy.path, revision=config.policy.revision, dtype=config.policy.dtype)
+    if config.policy.lora is not None:
+        add_lora(policy, config.policy.lora)
+    reference = config.reference
     trainer = OnlineTrainer(
         config,
         accelerator,
-        policy=load_causal_lm(config.policy.path, revision=config.policy.revision, dtype=config.policy.dtype),
-        reference=config.reference
-        and load_causal_lm(config.reference.path, revision=config.reference.revision, dtype=config.reference.dtype),
+        policy=policy,
+        reference=load_causal_lm(reference.path, revision=reference.revision, dtype=reference.dtype)
+        if reference is not None and reference.path is not None
+        else None,
+        critic=load_critic(config.critic) if isinstance(config, PPO) else None,
         engine=build_engine(
             config.rollout,
             config.policy.path,
             revision=config.policy.revision,
             stop_token_id=renderer.stop_token_id,
             decode=renderer.decode,
+            lora=config.policy.lora,
         ),
         prompts=prompts,
         reward_fn=reward_fn,
@@ -75,4 +88,4 @@ def _as_rollout(renderer: ChatRenderer, d: Demonstration) -> Rollout:
 
 
 if __name__ == "__main__":
-    run_stage(GRPO, train_grpo)
+    run_stage(GRPO, train_online)

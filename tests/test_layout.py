@@ -43,7 +43,7 @@ def test_imports_point_one_way(package):
 
 def test_the_mathematics_imports_torch_and_nothing_else():
     for module in MATHEMATICS:
-        assert set(imports(ROOT / f"rlhf/{module}.py")) <= {"__future__", "torch", "typing"}, module
+        assert set(imports(ROOT / f"rlhf/{module}.py")) <= {"__future__", "math", "torch", "typing"}, module
 
 
 def test_deepspeed_and_vllm_are_imported_in_one_place_each():

@@ -1,0 +1,225 @@
+"""From scored rollouts to what each token is trained with: its advantage and, with a critic, its return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.advantages import (
+    ADVANTAGES,
+    generalised_advantages,
+    normalised_components,
+    normalised_steps,
+    sum_of_future,
+    token_rewards,
+    whitened,
+)
+from rlhf.config import GRPO, PPO, Online
+from rlhf.metrics import Metrics
+from rlhf.types import Rollout, Score
+
+PerRollout = tuple[Tensor, ...]
+"""One tensor [T] for each rollout, with an entry for each of its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """A scored rollout batch of this rank: `rollouts` lists the G samples of each prompt next to each other."""
+
+    rollouts: list[Rollout]
+    scores: list[Score]
+    advantages: PerRollout
+    """0 in what stays out of the loss."""
+    trained: Tensor
+    """[B] False for what stays out of the loss: undecided groups, masked truncated completions."""
+    values: PerRollout | None = None
+    """The critic's predictions before the update."""
+    returns: PerRollout | None = None
+    """What the critic learns to predict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """What an estimator must know of the other ranks; all of them have the same number of rollouts."""
+
+    gather: Callable[[list], list] = list
+    """All ranks' items in rank order."""
+    rank: int = 0
+
+
+def estimate(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[Score],
+    config: Online,
+    *,
+    ranks: Ranks = Ranks(),
+    kl: PerRollout | None = None,
+    kl_coefficient: float = 0.0,
+    values: PerRollout | None = None,
+) -> Experience:
+    """Advantages of whole groups over all ranks, computed before anything is left out.
+
+    A group with an undecided completion is dropped as a whole: a grader's failure is neither a 0 nor a smaller group.
+
+    Args:
+        rollouts: of this rank.
+        scores: of these rollouts.
+        config: the recipe.
+        ranks: how to see the other ranks' scores.
+        kl: estimates for each token, when the KL penalty is part of the reward.
+        kl_coefficient: what a nat of them costs.
+        values: the critic's predictions, for PPO.
+    """
+    size = config.rollout.samples_per_prompt
+    undecided = torch.tensor([score.value is None for score in scores]).view(-1, size)
+    trained = ~undecided.any(1, keepdim=True).expand(-1, size)
+    if config.algorithm.truncated == "mask":
+        trained = trained & torch.tensor([r.finish_reason == "stop" for r in rollouts]).view(-1, size)
+    trained = trained.reshape(-1)
+    returns = None
+    if isinstance(config, PPO):
+        assert values is not None
+        advantages, returns = _of_tokens(scores, trained, config, ranks, kl, kl_coefficient, values)
+    else:
+        assert isinstance(config, GRPO)
+        penalties = [kl_coefficient * k.sum().item() for k in kl] if kl is not None else [0.0] * len(scores)
+        everyone = ranks.gather(list(zip(scores, penalties, strict=True)))
+        own = slice(ranks.rank * len(scores), (ranks.rank + 1) * len(scores))
+        of_sequences = sequence_advantages([s for s, _ in everyone], config, [p for _, p in everyone])[own]
+        of_steps = step_advantages(rollouts, [s for s, _ in everyone], config, own)
+        advantages = tuple(a + steps for a, steps in zip(of_sequences, of_steps, strict=True))
+    return Experience(
+        list(rollouts),
+        list(scores),
+        tuple(a if t else torch.zeros_like(a) for a, t in zip(advantages, trained, strict=True)),
+        trained,
+        values,
+        returns,
+    )
+
+
+def _decided(scores: Sequence[Score], size: int) -> Tensor:
+    """[P] True for groups in which every completion was judged."""
+    return ~torch.tensor([score.value is None for score in scores]).view(-1, size).any(1)
+
+
+def sequence_advantages(scores: Sequence[Score], config: GRPO, penalties: Sequence[float] | None = None) -> Tensor:
+    """[B] advantages of the scores of all ranks; 0 in groups that hold an undecided completion.
+
+    Such a group is left out of the batch's mean and standard deviation as well. `penalties` [B] are subtracted from the rewards.
+    """
+    algorithm, size = config.algorithm, config.rollout.samples_per_prompt
+    decided = _decided(scores, size)
+    advantages = torch.zeros(len(scores)).view(-1, size)
+    if not decided.any():
+        return advantages.flatten()
+    if algorithm.normalise_components:
+        weights = torch.tensor([reward.weight for reward in config.rewards])
+        rows = [
+            [score.components[r.name] if score.value is not None else 0.0 for r in config.rewards] for score in scores
+        ]
+        components = torch.tensor(rows).view(-1, size, len(config.rewards))
+        advantages[decided] = normalised_components(components[decided], weights)
+    else:
+        rewards = torch.tensor([score.value or 0.0 for score in scores])
+        rewards = (rewards - torch.tensor(penalties) if penalties is not None else rewards).view(-1, size)
+        estimator = ADVANTAGES[algorithm.advantage]
+        advantages[decided] = estimator(rewards[decided], scale_by_std=algorithm.scale_by_std)
+    return advantages.flatten()
+
+
+def step_advantages(
+    rollouts: Sequence[Rollout], everyone: Sequence[Score], config: GRPO, own: slice
+) -> tuple[Tensor, ...]:
+    """What the rewards of steps add to each token of this rank's rollouts.
+
+    Args:
+        rollouts: of this rank.
+        everyone: the scores of all ranks.
+        config: the recipe.
+        own: which of `everyone` are this rank's.
+    """
+    algorithm, size = config.algorithm, config.rollout.samples_per_prompt
+    lengths = torch.tensor([len(r.token_ids) for r in rollouts])
+    decided = _decided(everyone, size).repeat_interleave(size)
+    steps = [(i, step) for i, score in enumerate(everyone) if decided[i] for step in score.steps]
+    if not steps:
+        return tuple(torch.zeros(len(r.token_ids)) for r in rollouts)
+    samples = torch.tensor([i for i, _ in steps])
+    normalised = normalised_steps(
+        torch.tensor([step.value for _, step in steps]),
+        samples,
+        shape=(len(everyone) // size, size),
+        advantage=algorithm.advantage,
+        scale_by_std=algorithm.scale_by_std,
+    )
+    mine = (samples >= own.start) & (samples < own.stop)
+    positions = torch.tensor([step.position for _, step in steps])[mine]
+    return sum_of_future(normalised[mine], samples[mine] - own.start, positions, lengths).split(lengths.tolist())
+
+
+def _of_tokens(
+    scores: Sequence[Score],
+    trained: Tensor,
+    config: PPO,
+    ranks: Ranks,
+    kl: PerRollout | None,
+    kl_coefficient: float,
+    values: PerRollout,
+) -> tuple[PerRollout, PerRollout]:
+    """Advantages and returns of PPO, from the rewards of tokens and the critic's values."""
+    lengths = torch.tensor([len(v) for v in values])
+    flat_values = torch.cat(values)
+    flat_kl = torch.cat(kl) if kl is not None else torch.zeros_like(flat_values)
+    totals = torch.tensor([score.value or 0.0 for score in scores])
+    rewards = token_rewards(totals, flat_kl, lengths, coefficient=kl_coefficient)
+    starts = lengths.cumsum(0) - lengths
+    for i, score in enumerate(scores):
+        for step in score.steps:
+            rewards[starts[i] + step.position] += step.value
+    advantages = generalised_advantages(
+        rewards, flat_values, lengths, discount=config.algorithm.discount, trace=config.algorithm.trace
+    )
+    returns = advantages + flat_values
+    if config.algorithm.whiten:
+        real = advantages[trained.repeat_interleave(lengths)].double()
+        sums = ranks.gather([(len(real), real.sum().item(), real.square().sum().item())])
+        count, total, squares = (sum(column) for column in zip(*sums, strict=True))
+        mean = total / max(count, 1)
+        variance = max(squares / max(count, 1) - mean**2, 0.0)
+        advantages = whitened(advantages, mean=mean, std=variance**0.5)
+    return advantages.split(lengths.tolist()), returns.split(lengths.tolist())
+
+
+def has_signal(scores: Sequence[Score]) -> bool:
+    """Whether the scores of one group tell its samples apart; an undecided one makes the group useless."""
+    if any(score.value is None for score in scores):
+        return False
+    return any(score.value != scores[0].value or score.steps != scores[0].steps for score in scores)
+
+
+def describe(experience: Experience, metrics: Metrics, *, group_size: int) -> None:
+    """Metrics of the rollouts, their rewards and advantages."""
+    for rollout, score in zip(experience.rollouts, experience.scores, strict=True):
+        metrics.add("rollout/length", total=len(rollout.token_ids), count=1)
+        metrics.add("rollout/truncated", total=rollout.finish_reason == "length", count=1)
+        metrics.add("rollout/undecided", total=score.value is None, count=1)
+        if score.value is not None:
+            metrics.add("reward/total", total=score.value, count=1)
+            metrics.add("reward/correctness", total=score.verdict == "correct", count=1)
+            for name, value in score.components.items():
+                if name != "correctness":
+                    metrics.add(f"reward/{name}", total=value, count=1)
+    for start in range(0, len(experience.scores), group_size):
+        group = experience.scores[start : start + group_size]
+        values = [score.value for score in group if score.value is not None]
+        if len(values) == group_size > 1:
+            metrics.add("reward/group_std", total=torch.tensor(values).std().item(), count=1)
+            metrics.add("reward/groups_with_signal", total=has_signal(group), count=1)
+    trained = [a for a, t in zip(experience.advantages, experience.trained, strict=True) if t]
+    flat = torch.cat([torch.zeros(0), *trained])
+    metrics.add("advantage/magnitude", total=flat.abs().sum().item(), count=len(flat))
+    metrics.add("advantage/positive", total=(flat > 0).sum().item(), count=len(flat))

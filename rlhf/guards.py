@@ -1,0 +1,53 @@
+"""Checks that stop a run with a sentence before a silent fault is trained on. Each raises or returns nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.types import Rollout, Score
+
+
+def require_finite(loss: Tensor, name: str = "loss") -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"{name} is {loss.item()}; the step is not taken and nothing is saved: lower optimizer.learning_rate or look at the rewards"
+        )
+
+
+def require_fresh(rollouts: Sequence[Rollout], policy_version: int) -> None:
+    stale = {r.policy_version for r in rollouts} - {policy_version}
+    if stale:
+        raise RuntimeError(
+            f"rollouts come from policy version {min(stale)} while the trainer is at {policy_version}; the engine missed a weight push"
+        )
+
+
+def require_same_policy(kl_sampler: float, bound: float) -> None:
+    """The engine that sampled and the trainer must be the same policy, before the trainer moves."""
+    if not kl_sampler <= bound:
+        raise RuntimeError(
+            f"policy/kl_sampler is {kl_sampler:.3g} nats per token, above guards.max_kl_sampler {bound:g}: the engine that samples is not the policy "
+            "that is trained. Look at sync/error in metrics.jsonl (stale weights), at rollout.temperature, at rollout.dtype against the "
+            "trainer's, and for MoE models at router disagreement"
+        )
+
+
+def require_one_policy(levels: Sequence[float]) -> None:
+    """Every rank's mean log-probability of the same tokens must be the same."""
+    if max(levels) - min(levels) > 1e-5:
+        raise RuntimeError(
+            f"the ranks hold different policies: the mean log-probability of the same tokens is {min(levels):.6f} on one and {max(levels):.6f} on "
+            "another after the same steps, so gradients were not shared; check the accelerate configuration against recipes/accelerate/"
+        )
+
+
+def require_judged(share_undecided: float, bound: float, scores: Sequence[Score]) -> None:
+    if share_undecided > bound:
+        reasons = sorted({score.reason for score in scores if score.value is None})
+        raise RuntimeError(
+            f"{share_undecided:.0%} of the completions could not be judged, above guards.max_undecided_share {bound:.0%} "
+            f"(reasons here: {'; '.join(reasons[:3])}); repair the references or the grader, nothing was learnt from this batch"
+        )

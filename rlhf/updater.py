@@ -1,0 +1,430 @@
+"""The optimizer steps on one rollout batch: micro-batches, losses, gradients, for policy and critic.
+
+Each optimizer step has one denominator, fixed before its first backward pass and summed over ranks and micro-batches
+(rlhf/masking.py::token_weights), so how a step is cut never changes its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf.attention import can_share_prefix
+from rlhf.config import PPO, Algorithm, Online
+from rlhf.controllers import adapted_entropy_coefficient, adapted_kl_coefficient, applied_entropy_coefficient
+from rlhf.critic import Critic
+from rlhf.distributed import beside, gather, global_max
+from rlhf.experience import Experience, PerRollout
+from rlhf.guards import require_finite, require_same_policy
+from rlhf.kl import KL, k3, off_policy
+from rlhf.learner import Learner
+from rlhf.losses import (
+    cispo_loss,
+    clipped_policy_loss,
+    high_entropy_mask,
+    high_entropy_threshold,
+    is_clipped,
+    sampler_correction,
+    sapo_loss,
+    sequence_ratio,
+    token_ratio,
+    value_loss,
+    vespo_loss,
+)
+from rlhf.masking import token_weights
+from rlhf.metrics import Metrics, reduce_metrics
+from rlhf.packing import pack_padded, pack_shared, padded_chunks, shared_chunks
+from rlhf.reference import ReferencePolicy
+from rlhf.run import say
+from rlhf.scorer import Scorer
+from rlhf.types import Batch, Rollout
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """A packed batch and what belongs to its [N] trained tokens."""
+
+    batch: Batch
+    weights: Tensor
+    """How much each token counts in the loss of its optimizer step."""
+    advantages: Tensor
+    values: Tensor | None
+    returns: Tensor | None
+    old_logprobs: Tensor | None = None
+    """Of the trainer's policy at the time of sampling; None until they are known, which on policy is in the step itself."""
+    entropies: Tensor | None = None
+    """Where top_entropy_share asks for them before the step."""
+
+
+def ready(model: Any, *, gradient_checkpointing: bool) -> Any:
+    """A model as it is trained here: without dropout, and in training mode only where gradient checkpointing needs that.
+
+    Dropout would make the trainer's policy another one than the sampler's.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train(gradient_checkpointing)
+
+
+class Updater:
+    """Policy, critic and reference, and the steps they take.
+
+    Args:
+        config: the recipe.
+        accelerator: as `rlhf.distributed.start` made it.
+        policy: causal language model with float weights, adapters already in it.
+        reference: the frozen model of `reference.path`, or None.
+        critic: value model as `rlhf.critic.load_critic` makes it, for PPO.
+        pad_token_id: of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        config: Online,
+        accelerator: Accelerator,
+        *,
+        policy: Any,
+        reference: Any | None = None,
+        critic: Any | None = None,
+        pad_token_id: int,
+    ) -> None:
+        self.config, self.accelerator, self._pad_token_id = config, accelerator, pad_token_id
+        training = config.training
+        obstacle = can_share_prefix(policy.config)
+        self.shares_prompts = training.layout == "shared" and obstacle is None
+        if training.layout == "shared" and obstacle is not None:
+            say(f"prompts are computed once for each sample, not once for each group: the model has {obstacle}")
+        self.steps_per_batch = training.minibatches_per_batch * training.passes_per_batch
+        self.warmup_batches = config.critic.warmup_batches if isinstance(config, PPO) else 0
+        policy = ready(policy, gradient_checkpointing=config.policy.gradient_checkpointing)
+        scorer = Scorer(policy, share_prompts=self.shares_prompts).train(policy.training)
+        num_steps = (training.num_batches - self.warmup_batches) * self.steps_per_batch
+        self.policy = Learner(accelerator, scorer, config.optimizer, num_steps=num_steps)
+        self.critic: Learner | None = None
+        if isinstance(config, PPO):
+            assert critic is not None
+            value_model = ready(critic, gradient_checkpointing=config.critic.gradient_checkpointing)
+            module = Critic(value_model, share_prompts=self.shares_prompts).train(value_model.training)
+            num_steps = training.num_batches * self.steps_per_batch
+            self.critic = Learner(beside(accelerator), module, config.critic.optimizer, num_steps=num_steps)
+        self.reference: ReferencePolicy | None = None
+        if config.reference is not None:
+            self.reference = ReferencePolicy(config.reference, self.policy.unwrapped, reference)
+            if config.reference.kind == "moving_average":
+                accelerator.register_for_checkpointing(self.reference.scorer)
+        self.policy_version = 0
+        self.kl_coefficient = config.algorithm.kl_coefficient
+        self.entropy_coefficient, self._last_entropy = config.algorithm.entropy_coefficient, math.inf
+
+    @property
+    def unwrapped(self) -> Any:
+        """The policy's model inside the scorer inside whatever accelerate put around it."""
+        return self.policy.unwrapped.model
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        return {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
+
+    def state(self) -> dict[str, float]:
+        """What a resume needs besides weights, optimizers and schedules."""
+        return {
+            "policy_version": self.policy_version,
+            "kl_coefficient": self.kl_coefficient,
+            "entropy_coefficient": self.entropy_coefficient,
+            "last_entropy": self._last_entropy,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.policy_version, self.kl_coefficient = state["policy_version"], state["kl_coefficient"]
+        self.entropy_coefficient, self._last_entropy = state["entropy_coefficient"], state["last_entropy"]
+
+    # ------------------------------------------------------------------------------------------- before the update, without gradient
+
+    def kl_to_reference(self, rollouts: Sequence[Rollout]) -> PerRollout:
+        """Estimates of KL(sampler || reference) for each token; the sampler's own log-probabilities, so the policy is not run again."""
+        assert self.reference is not None
+        reference, estimator = self.reference, KL[self.config.algorithm.kl_estimator]
+        temperature = self.config.rollout.temperature
+        return self._per_rollout(
+            rollouts,
+            lambda batch: estimator(batch.sampler_logprobs, reference.logprobs(batch, temperature).cpu()),
+        )
+
+    @torch.no_grad()
+    def values(self, rollouts: Sequence[Rollout]) -> PerRollout:
+        """The critic's predictions before each token."""
+        assert self.critic is not None
+        critic = self.critic.unwrapped
+        return self._per_rollout(rollouts, lambda batch: critic(batch).cpu())
+
+    def _per_rollout(self, rollouts: Sequence[Rollout], score: Any) -> PerRollout:
+        """A function of micro-batches, [N] each, laid out by rollout again."""
+        everything = torch.ones(len(rollouts), dtype=torch.bool)
+        found: dict[int, Tensor] = {}
+        for rows in self._chunks(rollouts, range(len(rollouts))):
+            batch = self._pack(rollouts, rows, everything)
+            lengths = [len(rollouts[i].token_ids) for i in batch.kept]
+            found |= zip(batch.kept, score(batch).split(lengths), strict=True)
+        return tuple(found[i] for i in range(len(rollouts)))
+
+    def _chunks(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[list[int]]:
+        cut = shared_chunks if self.shares_prompts else padded_chunks
+        return cut(rollouts, rows, self.config.training.tokens_per_micro_batch)
+
+    def _pack(self, rollouts: Sequence[Rollout], rows: Sequence[int], trained: Tensor) -> Batch:
+        if self.shares_prompts:
+            return pack_shared(rollouts, rows, trained)
+        return pack_padded(rollouts, rows, trained, pad_token_id=self._pad_token_id)
+
+    # ---------------------------------------------------------------------------------------------------------------- the update
+
+    def update(self, experience: Experience, metrics: Metrics, *, batch: int = 0) -> None:
+        """The optimizer steps on one rollout batch, number `batch` from 0.
+
+        Raises:
+            RuntimeError: when the sampler was not the policy.
+            FloatingPointError: when a loss or gradient is not finite.
+        """
+        training, size = self.config.training, self.config.rollout.samples_per_prompt
+        rows_per_minibatch = len(experience.rollouts) // size // training.minibatches_per_batch * size
+        plans = [
+            self._plan(experience, range(m * rows_per_minibatch, (m + 1) * rows_per_minibatch))
+            for m in range(training.minibatches_per_batch)
+        ]
+        moves_policy = batch >= self.warmup_batches
+        if moves_policy:
+            # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.
+            first = 0 if self.config.algorithm.top_entropy_share < 1 else 1
+            for plan in plans[first:]:
+                for micro in plan:
+                    with torch.no_grad():
+                        micro.old_logprobs, entropies = self._forward(micro)
+                    micro.entropies = entropies if self.config.algorithm.top_entropy_share < 1 else None
+        for _ in range(training.passes_per_batch):
+            for plan in plans:
+                if moves_policy:
+                    self._policy_step(plan, metrics)
+                if self.critic is not None:
+                    self._critic_step(plan, metrics)
+
+    def _plan(self, experience: Experience, rows: range) -> list[MicroBatch]:
+        """Micro-batches of one optimizer step; the same number on every rank.
+
+        Sequences without advantage have no gradient unless a KL term or an entropy bonus gives them one, so they are not computed;
+        the denominator counts them all the same.
+        """
+        algorithm = self.config.algorithm
+        lengths = torch.tensor([len(experience.rollouts[i].token_ids) if experience.trained[i] else 0 for i in rows])
+        all_lengths = torch.tensor(gather(self.accelerator, lengths.tolist()))
+        weights = token_weights(all_lengths, algorithm.aggregation, max_length=self.config.rollout.max_new_tokens)
+        offset = self.accelerator.process_index * len(rows)
+        weight_of = dict(zip(rows, weights[offset : offset + len(rows)].tolist(), strict=True))
+        everything = (
+            self.critic is not None
+            or (self.reference is not None and algorithm.kl_in == "loss")
+            or algorithm.entropy_coefficient > 0
+            or algorithm.entropy_target is not None
+            or algorithm.top_entropy_share < 1
+        )
+        needed = [i for i in rows if experience.trained[i] and (everything or experience.advantages[i].any())]
+        chunks = self._chunks(experience.rollouts, needed)
+        plan = [self._micro_batch(experience, chunk, experience.trained, weight_of) for chunk in chunks]
+        idle = global_max(self.accelerator, max(1, len(chunks))) - len(chunks)
+        nothing = torch.zeros_like(experience.trained)
+        return plan + [self._micro_batch(experience, rows[:1], nothing, weight_of) for _ in range(idle)]
+
+    def _micro_batch(
+        self, experience: Experience, rows: Sequence[int], trained: Tensor, weight_of: dict[int, float]
+    ) -> MicroBatch:
+        batch = self._pack(experience.rollouts, rows, trained)
+
+        def of_tokens(per_rollout: PerRollout | None) -> Tensor | None:
+            if per_rollout is None:
+                return None
+            return torch.cat([torch.zeros(0), *(per_rollout[i] for i in batch.kept)])
+
+        advantages = of_tokens(experience.advantages)
+        assert advantages is not None
+        return MicroBatch(
+            batch,
+            torch.tensor([weight_of[i] for i in batch.rows])[batch.sequences],
+            advantages,
+            of_tokens(experience.values),
+            of_tokens(experience.returns),
+        )
+
+    def _forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        return self.policy.module(micro.batch, self.config.rollout.temperature)
+
+    def _policy_step(self, plan: Sequence[MicroBatch], metrics: Metrics) -> None:
+        algorithm, local = self.config.algorithm, Metrics()
+        threshold = -math.inf
+        if algorithm.top_entropy_share < 1:
+            entropies = torch.cat([micro.entropies.cpu() for micro in plan if micro.entropies is not None])
+            threshold = high_entropy_threshold(
+                torch.tensor(gather(self.accelerator, entropies.tolist())), algorithm.top_entropy_share
+            )
+        total_loss, means = 0.0, {}
+        for i, micro in enumerate(plan):
+            last = i == len(plan) - 1
+            with self.policy.micro_batch(last=last):
+                logprobs, entropy = self._forward(micro)
+                if micro.old_logprobs is None:
+                    micro.old_logprobs = logprobs.detach()
+                focus = None if micro.entropies is None else high_entropy_mask(micro.entropies, threshold)
+                loss = (self._policy_loss(micro, logprobs, entropy, focus, local) * micro.weights.to(logprobs)).sum()
+                local.add("train/tokens", total=micro.batch.num_tokens, count=1)
+                require_finite(loss)
+                total_loss += loss.item()
+                if last:
+                    means = self._means(local)
+                    require_same_policy(means.get("policy/kl_sampler", 0.0), self.config.guards.max_kl_sampler)
+                self.policy.backward(loss)  # 0, with a gradient of 0, on an idle pass
+        metrics.add("policy/grad_norm", total=self.policy.step(), count=1)
+        self.policy_version += 1
+        if self.reference is not None:
+            self.reference.follow(self.policy_version)
+        metrics.add("policy/loss", total=total_loss * self.accelerator.num_processes, count=1)
+        metrics.update(local)
+        self._adapt(means)
+
+    def _policy_loss(
+        self, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, focus: Tensor | None, local: Metrics
+    ) -> Tensor:
+        """[N] loss of each token, before its weight; its description goes to `local`."""
+        algorithm, device = self.config.algorithm, logprobs.device
+        old_logprobs, advantages, sequences = micro.old_logprobs, micro.advantages.to(device), micro.batch.sequences
+        assert old_logprobs is not None
+        sequences, sampler_logprobs = sequences.to(device), micro.batch.sampler_logprobs.to(device)
+        if algorithm.loss == "sequence_clipped":
+            ratio = sequence_ratio(logprobs, old_logprobs, sequences)
+        else:
+            ratio = token_ratio(logprobs, old_logprobs)
+        correction = torch.ones_like(logprobs)
+        if algorithm.sampler_correction != "none":
+            correction = sampler_correction(
+                old_logprobs,
+                sampler_logprobs,
+                sequences,
+                level=algorithm.sampler_correction_level,
+                mode=algorithm.sampler_correction,
+                max_ratio=algorithm.sampler_correction_max,
+            )
+            local.add("policy/sampler_correction", total=correction.sum().item(), count=correction.numel())
+        if algorithm.loss == "vespo":  # its weight of the sequence contains the correction
+            per_token = vespo_loss(logprobs, old_logprobs - correction.log(), advantages, sequences)
+        else:
+            per_token = correction * surrogate(algorithm, ratio, logprobs, advantages)
+        bonus = self._entropy_bonus()
+        if bonus > 0:
+            per_token = per_token - bonus * entropy
+        if focus is not None:
+            per_token = torch.where(focus, per_token, 0.0)
+            local.add("policy/focus", total=focus.sum().item(), count=focus.numel())
+        if self.reference is not None and algorithm.kl_in == "loss":
+            reference_logprobs = self.reference.logprobs(micro.batch, self.config.rollout.temperature)
+            kl = KL[algorithm.kl_estimator](logprobs, reference_logprobs)
+            per_token = per_token + self.kl_coefficient * (off_policy(kl, ratio) if algorithm.kl_weighted else kl)
+            local.add("policy/kl_reference", total=kl.sum().item(), count=kl.numel())
+        with torch.no_grad():
+            clipped = is_clipped(ratio, advantages, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+            kl_sampler = k3(sampler_logprobs, old_logprobs)
+            seen = {"clip_fraction": clipped, "ratio": ratio, "entropy": entropy, "kl_sampler": kl_sampler}
+            for name, values in seen.items():
+                local.add(f"policy/{name}", total=values.sum().item(), count=values.numel())
+        return per_token
+
+    def _critic_step(self, plan: Sequence[MicroBatch], metrics: Metrics) -> None:
+        assert self.critic is not None
+        assert isinstance(self.config, PPO)
+        total_loss = 0.0
+        for i, micro in enumerate(plan):
+            assert micro.values is not None
+            assert micro.returns is not None
+            with self.critic.micro_batch(last=i == len(plan) - 1):
+                values = self.critic.module(micro.batch)
+                old_values, returns = micro.values.to(values), micro.returns.to(values)
+                per_token = value_loss(values, old_values, returns, clip=self.config.critic.value_clip)
+                loss = (per_token * micro.weights.to(values)).sum()
+                require_finite(loss, "the critic's loss")
+                total_loss += loss.item()
+                self.critic.backward(loss)
+            error = (values.detach() - returns).square()
+            metrics.add("critic/error", total=error.sum().item(), count=error.numel())
+            metrics.add("critic/value", total=values.sum().item(), count=values.numel())
+            metrics.add("critic/return", total=returns.sum().item(), count=returns.numel())
+        metrics.add("critic/loss", total=total_loss * self.accelerator.num_processes, count=1)
+        metrics.add("critic/grad_norm", total=self.critic.step(), count=1)
+
+    # ------------------------------------------------------------------------------------------------------ adaptive coefficients
+
+    def _means(self, local: Metrics) -> dict[str, float]:
+        return reduce_metrics(gather(self.accelerator, [local.pairs()]))
+
+    def _entropy_bonus(self) -> float:
+        target = self.config.algorithm.entropy_target
+        if target is None:
+            return self.entropy_coefficient
+        return applied_entropy_coefficient(self.entropy_coefficient, self._last_entropy, target=target)
+
+    def _adapt(self, means: dict[str, float]) -> None:
+        """The coefficients of the next optimizer step, from what this one measured."""
+        algorithm = self.config.algorithm
+        if algorithm.entropy_target is not None and "policy/entropy" in means:
+            self._last_entropy = means["policy/entropy"]
+            self.entropy_coefficient = adapted_entropy_coefficient(
+                self.entropy_coefficient,
+                self._last_entropy,
+                target=algorithm.entropy_target,
+                step=algorithm.entropy_step,
+                maximum=algorithm.entropy_maximum,
+            )
+        if "policy/kl_reference" in means:
+            rollout, training = self.config.rollout, self.config.training
+            num_completions = rollout.prompts_per_batch * rollout.samples_per_prompt // training.minibatches_per_batch
+            self.adapt_kl(means["policy/kl_reference"], num_completions=num_completions)
+
+    def adapt_kl(self, measured: float, *, num_completions: int) -> None:
+        """Steer the KL coefficient by `measured` nats per token, of `num_completions` completions."""
+        algorithm = self.config.algorithm
+        if algorithm.kl_target is not None:
+            self.kl_coefficient = adapted_kl_coefficient(
+                self.kl_coefficient,
+                measured,
+                target=algorithm.kl_target,
+                horizon=algorithm.kl_horizon,
+                samples=num_completions,
+            )
+
+
+def surrogate(algorithm: Algorithm, ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """The recipe's policy loss of each token, of the losses that take a ratio: [N] -> [N]."""
+    match algorithm.loss:
+        case "cispo":
+            return cispo_loss(ratio, logprobs, advantages, max_ratio=1 + algorithm.clip_high)
+        case "sapo":
+            return sapo_loss(
+                ratio,
+                advantages,
+                temperature_positive=algorithm.sapo_temperature_positive,
+                temperature_negative=algorithm.sapo_temperature_negative,
+            )
+        case _:
+            return clipped_policy_loss(
+                ratio,
+                advantages,
+                clip_low=algorithm.clip_low,
+                clip_high=algorithm.clip_high,
+                ceiling=algorithm.ratio_ceiling,
+            )
