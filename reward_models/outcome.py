@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from rlhf.config import RewardModel
+from rlhf.lora import add_lora, save_model
 from rlhf.run import write_json
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 from rlhf.types import Rollout
@@ -112,6 +113,8 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
         trust_remote_code=False,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
+    if config.model.lora is not None:
+        add_lora(model, config.model.lora, trained_in_full=["score"])
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(**trainer_arguments(config), max_length=None, center_rewards_coefficient=config.centering),
@@ -134,7 +137,7 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
         "num_pairs": len(heldout_pairs),
     }
     if trainer.accelerator.is_main_process:
-        trained.save_pretrained(config.output_dir)
+        save_model(trained, config.output_dir)
         tokenizer.save_pretrained(config.output_dir)
         write_json(Path(config.output_dir) / STATISTICS, statistics)
     return statistics

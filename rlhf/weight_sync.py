@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rlhf.logprobs import token_logprobs
+from rlhf.lora import adapter_parameters, merged_parameters
 from rlhf.rollout.engine import RolloutEngine
 
 
@@ -34,6 +35,14 @@ class Freshness:
     """Mean log-probability by the trainer's weights: the same on every rank, or the ranks train different models."""
 
 
+def send_weights(engine: RolloutEngine, policy: nn.Module, *, policy_version: int) -> None:
+    """The policy into the engine, unchecked: its adapter alone where the engine applies one, else whole weights, adapters merged."""
+    if engine.lora is not None:
+        engine.load_adapter(adapter_parameters(policy), policy_version=policy_version)
+    else:
+        engine.load_weights(merged_parameters(policy), policy_version=policy_version)
+
+
 class WeightSync:
     """Pushes weights and checks them.
 
@@ -56,10 +65,7 @@ class WeightSync:
         Raises:
             RuntimeError: when it does not.
         """
-        self._engine.load_weights(
-            ((name, parameter.detach()) for name, parameter in self._policy.named_parameters()),
-            policy_version=policy_version,
-        )
+        send_weights(self._engine, self._policy, policy_version=policy_version)
         if self._engine.policy_version != policy_version:
             raise RuntimeError(
                 f"the {self._engine.name} engine reports policy version {self._engine.policy_version} after a push of {policy_version}"

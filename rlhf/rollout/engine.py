@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from rlhf.config import Lora, PolicyLora
 from rlhf.config import Rollout as RolloutConfig
 from rlhf.types import Prompt, Rollout
 
@@ -24,6 +25,8 @@ class RolloutEngine(Protocol):
     name: str
     policy_version: int
     """Optimizer steps the engine's weights have seen."""
+    lora: Lora | None
+    """The adapter it applies to weights that stay as they are, or None: then all weights are replaced."""
 
     def generate(
         self,
@@ -48,6 +51,10 @@ class RolloutEngine(Protocol):
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
         """Replace all weights. Anything computed from the old ones (prefix cache) is dropped."""
+        ...
+
+    def load_adapter(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
+        """Replace the adapter, in an engine that was built with `lora`; until the first one arrives it is the bare weights."""
         ...
 
     def close(self) -> None:
@@ -88,13 +95,23 @@ def require_prompts_fit(prompts: Sequence[Prompt], rollout: RolloutConfig) -> No
 
 
 def build_engine(
-    config: RolloutConfig, path: str, *, revision: str | None = None, stop_token_id: int, decode: Decode
+    config: RolloutConfig,
+    path: str,
+    *,
+    revision: str | None = None,
+    stop_token_id: int,
+    decode: Decode,
+    lora: PolicyLora | None = None,
 ) -> RolloutEngine:
-    """The engine a recipe asks for, holding the weights at `path`, at policy version 0."""
+    """The engine a recipe asks for, holding the weights at `path`, at policy version 0.
+
+    With `lora`, the policy's own block, it takes adapters or merged weights as the block says.
+    """
+    adapter = lora if lora is not None and lora.sync == "adapter" else None
     if choose_engine(config.engine) == "vllm":
         from rlhf.rollout.vllm_colocate import VLLMEngine
 
-        return VLLMEngine(config, path, revision=revision, stop_token_id=stop_token_id, decode=decode)
+        return VLLMEngine(config, path, revision=revision, stop_token_id=stop_token_id, decode=decode, lora=adapter)
     from rlhf.rollout.transformers import TransformersEngine
 
-    return TransformersEngine(config, path, revision=revision, stop_token_id=stop_token_id, decode=decode)
+    return TransformersEngine(config, path, revision=revision, stop_token_id=stop_token_id, decode=decode, lora=adapter)

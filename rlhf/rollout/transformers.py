@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from rlhf.config import Lora
 from rlhf.config import Rollout as RolloutConfig
 from rlhf.logprobs import token_logprobs
+from rlhf.lora import add_lora, load_adapter
 from rlhf.models import load_causal_lm
 from rlhf.rollout.engine import Decode
 from rlhf.types import Prompt, Rollout
@@ -23,10 +25,21 @@ class TransformersEngine:
     name = "transformers"
 
     def __init__(
-        self, config: RolloutConfig, path: str, *, revision: str | None, stop_token_id: int, decode: Decode
+        self,
+        config: RolloutConfig,
+        path: str,
+        *,
+        revision: str | None,
+        stop_token_id: int,
+        decode: Decode,
+        lora: Lora | None = None,
     ) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = load_causal_lm(path, revision=revision, dtype=config.dtype)
+        self.lora = lora
+        if lora is not None:
+            with torch.random.fork_rng():  # the draw is overwritten by the first push; B = 0 hides it until then
+                add_lora(self._model, lora)
         self._model.to(device).eval()
         self._stop_token_id, self._decode = stop_token_id, decode
         self.policy_version = 0
@@ -112,6 +125,11 @@ class TransformersEngine:
         with torch.no_grad():
             for name, tensor in named_tensors:
                 own[name].copy_(tensor)
+        self.policy_version = policy_version
+
+    def load_adapter(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
+        with torch.no_grad():
+            load_adapter(self._model, named_tensors)
         self.policy_version = policy_version
 
     def close(self) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 # Read by vLLM at import. In process, so that weights need not be serialised and the random state is ours; no telemetry.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -15,7 +17,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 from torch import Tensor
 
+from rlhf.config import Lora
 from rlhf.config import Rollout as RolloutConfig
+from rlhf.lora import peft_config, write_adapter
 from rlhf.rollout.engine import Decode
 from rlhf.types import FinishReason, Prompt, Rollout
 
@@ -24,7 +28,14 @@ class VLLMEngine:
     name = "vllm"
 
     def __init__(
-        self, config: RolloutConfig, path: str, *, revision: str | None, stop_token_id: int, decode: Decode
+        self,
+        config: RolloutConfig,
+        path: str,
+        *,
+        revision: str | None,
+        stop_token_id: int,
+        decode: Decode,
+        lora: Lora | None = None,
     ) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gb))))
         from vllm import LLM
@@ -38,6 +49,8 @@ class VLLMEngine:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # Every rank holds a whole engine; vLLM must not try to span them with a process group of its own.
             placement["distributed_executor_backend"] = "external_launcher"
+        if lora is not None:
+            placement |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _served_rank(lora.rank)}
         self._llm = LLM(
             path,
             revision=revision,
@@ -54,6 +67,9 @@ class VLLMEngine:
         torch.set_num_threads(num_threads)  # vLLM binds OpenMP threads for itself; the trainer shares the process
         self._stop_token_id, self._decode = stop_token_id, decode
         self.policy_version = 0
+        self.lora, self._adapter, self._num_adapters = lora, None, 0
+        memory = "/dev/shm"  # noqa: S108 - an adapter is handed over as files, which need not reach a disk
+        self._adapter_folder = lora and tempfile.TemporaryDirectory(dir=memory if os.path.isdir(memory) else None)
 
     def generate(
         self,
@@ -80,7 +96,10 @@ class VLLMEngine:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             outputs = self._llm.generate(
-                [{"prompt_token_ids": list(p.token_ids)} for p in prompts], sampling, use_tqdm=False
+                [{"prompt_token_ids": list(p.token_ids)} for p in prompts],
+                sampling,
+                use_tqdm=False,
+                lora_request=self._adapter,
             )
         return [
             self._rollout(prompt, sample)
@@ -105,7 +124,9 @@ class VLLMEngine:
 
         tokens = [*prompt_ids, *completion_ids]
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        output = self._llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)[0]
+        output = self._llm.generate(
+            [{"prompt_token_ids": tokens}], sampling, use_tqdm=False, lora_request=self._adapter
+        )[0]
         per_position = output.prompt_logprobs
         assert per_position is not None
         return [per_position[i][tokens[i]].logprob for i in range(len(prompt_ids), len(tokens))]  # type: ignore[index]
@@ -118,6 +139,23 @@ class VLLMEngine:
         self._llm.reset_prefix_cache()
         self.policy_version = policy_version
 
+    def load_adapter(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
+        from vllm.lora.request import LoRARequest
+
+        assert self.lora is not None
+        assert self._adapter_folder is not None
+        folder = Path(self._adapter_folder.name)
+        tensors = dict(named_tensors)
+        modules = sorted({name.rsplit(".", 3)[1] for name in tensors})
+        write_adapter(folder, tensors.items(), peft_config(self.lora, modules))
+        # A number and a name never used before: vLLM looks by number whether it has an adapter, and by name for cached prefixes.
+        self._num_adapters += 1
+        self._adapter = LoRARequest(f"adapter-{self._num_adapters}", self._num_adapters, str(folder))
+        if not self._llm.llm_engine.add_lora(self._adapter):
+            raise RuntimeError(f"vLLM did not take the adapter of policy version {policy_version}")
+        self._llm.reset_prefix_cache()
+        self.policy_version = policy_version
+
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -126,6 +164,22 @@ class VLLMEngine:
         gc.collect()
         if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
             cleanup_dist_env_and_memory()
+
+
+def _served_rank(rank: int) -> int:
+    """The smallest of the ranks vLLM has kernels for that holds an adapter of this one.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    from vllm.config.lora import MaxLoRARanks
+
+    fitting = [served for served in get_args(MaxLoRARanks) if served >= rank]
+    if not fitting:
+        raise ValueError(
+            f"policy.lora.rank is {rank} and vLLM serves adapters up to rank {max(get_args(MaxLoRARanks))}; lower it or set policy.lora.sync to merged"
+        )
+    return min(fitting)
 
 
 def _repack_head(model: torch.nn.Module) -> None:

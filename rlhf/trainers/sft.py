@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from rlhf.config import SFT
+from rlhf.lora import add_lora, save_model
 from rlhf.models import load_causal_lm
 from rlhf.run import say
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
@@ -103,6 +104,9 @@ def train(
 
     folder = Path(config.output_dir)
     model = load_causal_lm(config.model.path, revision=config.model.revision, dtype=config.model.dtype)
+    if config.model.lora is not None:
+        set_seed(config.seed)  # adapters are drawn, the same on every rank
+        add_lora(model, config.model.lora)
     model.config.use_cache = False  # with a cache, transformers would not look for packed conversations
     trainer = SFTTrainer(
         model=model,
@@ -120,6 +124,6 @@ def train(
         # Not save_model, which adds a pickle of the training arguments.
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         trained.config.use_cache = True
-        trained.save_pretrained(folder)
+        save_model(trained, folder)
         tokenizer.save_pretrained(folder)
     return {"loss": trainer.state.log_history[-1].get("train_loss", float("nan")), "trained_share": share}
