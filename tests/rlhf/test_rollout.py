@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from rlhf.config import PolicyLora
 from rlhf.config import Rollout as RolloutConfig
 from rlhf.logprobs import token_logprobs
+from rlhf.lora import add_lora
 from rlhf.models import load_causal_lm
 from rlhf.rollout.engine import build_engine, choose_engine, require_prompts_fit
-from rlhf.weight_sync import Probe, WeightSync
+from rlhf.weight_sync import Probe, WeightSync, send_weights
 
 ENGINES = ("vllm", "transformers")
 
@@ -246,3 +248,143 @@ def test_a_tied_head_large_enough_to_be_repacked_is_refreshed_by_a_push(
     sync = WeightSync(engine, policy, probes, tolerance=1e-3)
     perturb(policy, 0.05)
     assert sync.push(policy_version=1).error < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------------- adapters
+
+
+def lora(sync):
+    return PolicyLora(rank=4, alpha=8, sync=sync)
+
+
+@pytest.fixture(scope="module")
+def adapter_engines(model_folder, renderer):
+    return {
+        name: build_engine(
+            config(name),
+            model_folder,
+            stop_token_id=renderer.stop_token_id,
+            decode=renderer.decode,
+            lora=lora("adapter"),
+        )
+        for name in ENGINES
+    }
+
+
+@pytest.fixture
+def adapted(policy):
+    """A policy with new adapters, which change nothing yet."""
+    torch.manual_seed(3)
+    add_lora(policy, lora("merged"))
+    return policy
+
+
+@pytest.fixture(params=[(name, sync) for name in ENGINES for sync in ("merged", "adapter")], ids="-".join)
+def lora_engine(request, engines, adapter_engines, adapted):
+    name, sync = request.param
+    chosen = (adapter_engines if sync == "adapter" else engines)[name]
+    assert (chosen.lora is not None) == (sync == "adapter")
+    send_weights(chosen, adapted, policy_version=0)
+    return chosen
+
+
+def train_adapters(model, scale, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * scale)
+
+
+def test_adapters_reach_the_engine_merged_or_alone_at_every_push(lora_engine, adapted, prompts, probes):
+    sync = WeightSync(lora_engine, adapted, probes, tolerance=1e-3)
+    for version in (1, 2):
+        train_adapters(adapted, 0.1, seed=version)
+        freshness = sync.push(policy_version=version)
+        assert freshness.error < 1e-4 < freshness.moved
+        with torch.no_grad():
+            for rollout in sample(lora_engine, prompts, temperature=0.7):
+                assert rollout.policy_version == version
+                torch.testing.assert_close(
+                    torch.tensor(rollout.logprobs), trainer_logprobs(adapted, rollout, 0.7), atol=2e-4, rtol=0
+                )
+
+
+def test_pushes_do_not_add_up(lora_engine, adapted, probes):
+    """Adapters that went away and came back to zero leave the engine where it began, to the last bit."""
+    begun = [lora_engine.score(p.prompt_ids, p.completion_ids) for p in probes]
+    before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+    for version in (1, 2, 3):
+        train_adapters(adapted, 0.1, seed=version)
+        send_weights(lora_engine, adapted, policy_version=version)
+    assert [lora_engine.score(p.prompt_ids, p.completion_ids) for p in probes] != begun
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            assert torch.equal(parameter, before[name]) or ".lora_" in name
+            parameter.copy_(before[name])
+    send_weights(lora_engine, adapted, policy_version=4)
+    assert [lora_engine.score(p.prompt_ids, p.completion_ids) for p in probes] == begun
+
+
+def test_adapters_that_are_never_delivered_stop_the_run(lora_engine, adapted, probes, monkeypatch):
+    sync = WeightSync(lora_engine, adapted, probes, tolerance=0.5)
+    train_adapters(adapted, 0.05)
+    for load in ("load_adapter", "load_weights"):
+        monkeypatch.setattr(
+            type(lora_engine),
+            load,
+            lambda self, named, *, policy_version: setattr(self, "policy_version", policy_version),
+        )
+    with pytest.raises(RuntimeError, match="stale rollout weights"):
+        sync.push(policy_version=1)
+
+
+def test_an_adapter_that_vllm_holds_but_no_request_asks_for_stops_the_run(
+    adapter_engines, adapted, probes, monkeypatch
+):
+    engine = adapter_engines["vllm"]
+    send_weights(engine, adapted, policy_version=0)
+    sync = WeightSync(engine, adapted, probes, tolerance=0.5)
+    train_adapters(adapted, 0.05)
+    generate = engine._llm.generate
+    monkeypatch.setattr(engine._llm, "generate", lambda *args, lora_request, **kwargs: generate(*args, **kwargs))
+    with pytest.raises(RuntimeError, match="stale rollout weights"):
+        sync.push(policy_version=1)
+
+
+def test_adapters_merged_for_one_engine_and_applied_by_another_are_one_policy(
+    engines, adapter_engines, adapted, probes
+):
+    train_adapters(adapted, 0.1)
+    scores = []
+    for engine in (*engines.values(), *adapter_engines.values()):
+        send_weights(engine, adapted, policy_version=1)
+        scores.append([logprob for p in probes for logprob in engine.score(p.prompt_ids, p.completion_ids)])
+    assert len(scores) == 4
+    for other in scores[1:]:
+        assert other == pytest.approx(scores[0], abs=2e-5)
+
+
+def test_vllm_applies_adapters_on_some_of_the_layers_it_fuses(adapter_engines, policy, probes):
+    add_lora(policy, PolicyLora(rank=4, alpha=8, target_modules=("q_proj", "up_proj")))
+    send_weights(adapter_engines["vllm"], policy, policy_version=0)
+    sync = WeightSync(adapter_engines["vllm"], policy, probes, tolerance=1e-3)
+    train_adapters(policy, 0.1)
+    assert sync.push(policy_version=1).error < 1e-4
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (4, 8), (16, 16), (100, 128), (512, 512)])
+def test_vllm_is_built_for_the_next_rank_it_has_kernels_for(rank, served):
+    from rlhf.rollout.vllm_colocate import _served_rank
+
+    assert _served_rank(rank) == served
+
+
+def test_a_rank_vllm_cannot_serve_is_refused_with_the_way_out():
+    from rlhf.rollout.vllm_colocate import _served_rank
+
+    with pytest.raises(
+        ValueError,
+        match="rank is 513 and vLLM serves adapters up to rank 512; lower it or set policy.lora.sync to merged",
+    ):
+        _served_rank(513)
