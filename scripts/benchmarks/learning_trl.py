@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning import Clock, is_spent
-
 from data.chat import ChatRenderer
 from data.records import Problem, read_records
 from rlhf.config import GRPO
 from rlhf.models import load_causal_lm, load_tokenizer
 from rlhf.run import say
-from rlhf.trainers.online import prompts_of_batch
+from rlhf.trainers.online import prompt_stream
 from rlhf.types import Rollout, Score
 
 
@@ -109,10 +108,7 @@ def train_with_trl(config: GRPO, folder: Path, *, budget: int, most_batches: int
     renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
     problems = read_records(Problem, config.problems)
     prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
-    per_batch = config.rollout.prompts_per_batch
-    order = [
-        i for batch in range(most_batches) for i in prompts_of_batch(len(prompts), batch, per_batch, seed=config.seed)
-    ]
+    order = prompt_stream(len(prompts), 0, most_batches * config.rollout.prompts_per_batch, seed=config.seed)
     dataset = Dataset.from_list([{"prompt": renderer.messages(prompts[i].question), "index": i} for i in order])
     clock = Clock()
     score = clock.scoring(build_reward(config, prefill=renderer.prefill, device="cpu"))
