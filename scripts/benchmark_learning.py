@@ -97,7 +97,7 @@ class ClockedTrainer(OnlineTrainer):
 def one(recipe: str, overrides: list[str]) -> None:
     """One run of a recipe by its own stage script, with the clock."""
     config = load_config(recipe, overrides)
-    vars(train_grpo)["OnlineTrainer"] = ClockedTrainer
+    train_grpo.__dict__["OnlineTrainer"] = ClockedTrainer
     sys.argv = [config.script, "--config", recipe, *overrides]
     run_stage((GRPO, PPO), train_grpo.train_online)
     folder = Path(config.output_dir)
