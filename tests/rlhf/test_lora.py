@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from online_helpers import experience
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -14,13 +15,14 @@ from reward_models.outcome import OutcomeModel, TokenPair
 from reward_models.outcome import train as train_reward_model
 from rlhf.config import Lora, load_config
 from rlhf.lora import adapter_parameters, add_lora, base_of, has_lora, load_adapter, merged_parameters, save_model
-from rlhf.metrics import read_jsonl
+from rlhf.metrics import Metrics, read_jsonl
 from rlhf.models import load_causal_lm
 from rlhf.scorer import Scorer
 from rlhf.trainers.arguments import LogLines
 from rlhf.trainers.sft import Example
 from rlhf.trainers.sft import train as train_sft
 from rlhf.types import Batch
+from rlhf.weight_sync import send_weights
 
 RECIPES = Path(__file__).parents[2] / "recipes/tiny"
 TOKENS = torch.tensor([[5, 9, 17, 33, 60, 77, 80, 12]])
@@ -280,3 +282,29 @@ def test_a_reward_model_trained_with_adapters_loads_with_its_head(renderer, demo
     sequences = [p.chosen_ids for p in pairs[32:]] + [p.rejected_ids for p in pairs[32:]]
     assert judge.raw_scores(sequences, batch_size=64).mean().item() == pytest.approx(statistics["mean"], abs=1e-4)
     assert "base_model.model.score.weight" in load_file(tmp_path / "adapter/adapter_model.safetensors")
+
+
+def test_a_resumed_run_brings_its_adapters_to_an_engine_that_starts_from_the_base(make_trainer, base):
+    overrides = ("policy.lora={rank: 4, sync: adapter}", "optimizer.learning_rate=0.03")
+    killed = make_trainer(*overrides)
+    killed.config.training.__dict__["num_batches"] = 3  # in the third batch, after the checkpoint of the second
+    killed.train()
+    resumed = make_trainer(*overrides)
+    assert (resumed.first_batch, resumed.engine.policy_version) == (2, 2)
+    assert max(row["sync/error"] for row in resumed.train()) < 1e-5
+    with base_of(resumed.unwrapped):
+        assert torch.equal(logits(resumed.unwrapped), logits(base))
+    assert not torch.allclose(logits(resumed.unwrapped), logits(base), atol=1e-3)
+
+
+def test_rows_with_a_shared_prompt_reach_the_adapters_as_padded_rows_do(make_trainer, captured):
+    for layout in ("shared", "padded"):
+        trainer = make_trainer("policy.lora={rank: 4}", f"training.layout={layout}", folder=layout)
+        shake(trainer.unwrapped)
+        send_weights(trainer.engine, trainer.unwrapped, policy_version=0)
+        trainer.updater.update(experience(trainer), Metrics(), batch=0)
+    shared, padded = captured
+    assert shared.keys() == padded.keys()
+    assert all(".lora_" in name for name in shared)
+    for name, gradient in shared.items():
+        assert_close(gradient, padded[name], atol=2e-7, rtol=1e-4)
