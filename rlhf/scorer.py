@@ -49,8 +49,12 @@ class Scorer(nn.Module):
         self.model, self.plain_head, self.share_prompts = model, has_plain_head(model), share_prompts
         model.set_attn_implementation(NAME if share_prompts else "sdpa")
 
-    def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """[N] log-probabilities of the targets and [N] entropies, in nats at the sampler's temperature."""
+    def forward(self, batch: Batch, temperature: float, expected: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[N] log-probabilities of the targets and [N] entropies, in nats at the sampler's temperature.
+
+        `expected` [N] are the loss's derivatives where the caller knows them beforehand (see `chunked_logprobs`): it saves time,
+        and changes nothing.
+        """
         output = run(self.model.base_model if self.plain_head else self.model, batch)
         states = output.last_hidden_state if self.plain_head else output.logits
         device = states.device
@@ -62,4 +66,5 @@ class Scorer(nn.Module):
         weight = self.model.get_output_embeddings().weight
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         with torch.autocast(device.type, enabled=False):
-            return chunked_logprobs(selected.to(dtype), weight.to(dtype), targets, temperature=temperature)
+            expected = None if expected is None else expected.to(device)
+            return chunked_logprobs(selected.to(dtype), weight, targets, temperature=temperature, expected=expected)
