@@ -10,7 +10,7 @@ from reward_models.grading.pool import Case
 from reward_models.outcome import OutcomeModel
 from reward_models.verifiable import Component, find_rule, overlong
 from rlhf.config import Online, RewardModelReward
-from rlhf.types import Rollout, Score
+from rlhf.types import Rollout, Score, StepReward
 
 
 def judge_here(cases: Sequence[Case]) -> list[Grade]:
@@ -61,12 +61,21 @@ class CompositeReward:
             return Score(
                 verdict="undecided", value=None, reason=f"{', '.join(missing)} gave no value for {rollout.prompt.id}"
             )
-        components = {name: value for name, value in values.items() if value is not None} | learned
+        given = {name: value for name, value in values.items() if value is not None} | learned
         weights = {name: weight for name, (_, weight) in (self.rules | self.models).items()}
         return Score(
             verdict=verdict,
-            value=sum(weights[name] * value for name, value in components.items()),
-            components=components,
+            value=sum(weights[name] * value for name, value in given.items() if isinstance(value, float | int)),
+            components={
+                name: float(value) if isinstance(value, float | int) else sum(step.value for step in value)
+                for name, value in given.items()
+            },
+            steps=tuple(
+                StepReward(step.position, weights[name] * step.value)
+                for name, value in given.items()
+                if not isinstance(value, float | int)
+                for step in value
+            ),
             reason=judged.reason,
         )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from reward_models.grading import grade
-from rlhf.types import Rollout
+from rlhf.types import Rollout, StepReward
 
-Component = Callable[[Rollout, str], float | None]
-"""(rollout, text) -> value. `text` is the completion with what the chat template wrote of it already, such as an open `<think>`."""
+Component = Callable[[Rollout, str], float | Sequence[StepReward] | None]
+"""(rollout, text) -> value of the whole completion, or of its steps. `text` is the completion with what the chat template wrote of it
+already, such as an open `<think>`."""
 
 _FORMAT = re.compile(r"<think>.*?</think>\s*[^<]*\\boxed\{[^<]*\}\s*", re.DOTALL)
 

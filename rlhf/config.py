@@ -74,7 +74,7 @@ class Model(Weights):
 class Policy(Model):
     """Weights to start from, which a rollout engine follows."""
 
-    lora: PolicyLora | None = None
+    lora: PolicyLora | None = None  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
 
 
 class Optimizer(Section):
@@ -660,7 +660,7 @@ class GRPO(Online):
     """The members of the family that compare the samples of a prompt: GRPO, Dr. GRPO, RLOO, DAPO, REINFORCE++, GSPO, CISPO, SAPO, GDPO."""
 
     stage: Literal["grpo"]
-    algorithm: GroupAlgorithm = GroupAlgorithm()  # type: ignore[reportIncompatibleVariableOverride]  # frozen, so narrowing it is safe
+    algorithm: GroupAlgorithm = GroupAlgorithm()  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     script: ClassVar[str] = "scripts/train_grpo.py"
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from reward_models.grading import GraderPool
 from reward_models.outcome import STATISTICS, OutcomeModel, TokenPair, pairwise_accuracy, train
 from reward_models.verifiable import correctness, find_rule, format_followed, overlong
 from rlhf.config import load_config
-from rlhf.types import Prompt, Rollout
+from rlhf.types import Prompt, Rollout, StepReward
 
 ROOT = Path(__file__).parents[2]
 
@@ -228,3 +228,14 @@ def test_a_recipes_reward_judges_in_processes_that_can_be_killed_with_the_recipe
         "wrong",
     ]
     pool.close()
+
+
+def test_a_component_may_judge_single_steps_which_earn_their_weighted_reward_where_they_end():
+    def steps(rollout, text):
+        return [StepReward(0, 1.0), StepReward(1, -0.5)]
+
+    judge = CompositeReward({"correctness": (correctness, 1.0), "steps": (steps, 2.0)}, {})
+    [score] = judge([rollout("\\boxed{7}")])
+    assert score.value == 1.0
+    assert score.steps == (StepReward(0, 2.0), StepReward(1, -1.0))
+    assert score.components == {"correctness": 1.0, "steps": 0.5}

@@ -40,7 +40,7 @@ def make_trainer(model_folder, renderer, demonstrations, tmp_path):
             reference=perturbed(load_causal_lm(model_folder, revision=None, dtype="float32"))
             if cfg.reference and cfg.reference.kind == "frozen"
             else None,
-            critic=load_critic(cfg.critic) if isinstance(cfg, PPO) else None,
+            critic=load_critic(cfg.critic.model_copy(update={"path": model_folder})) if isinstance(cfg, PPO) else None,
             engine=engine,
             prompts=prompts,
             reward_fn=reward_fn or count_of_a_token,

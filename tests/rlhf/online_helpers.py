@@ -15,9 +15,12 @@ RECIPE = Path(__file__).parents[2] / "recipes/tiny/grpo.yaml"
 G = 3
 
 
-def config(*overrides):
+SMALL_PPO = ("reference=null", "algorithm.kl_coefficient=0", "critic.warmup_batches=0")
+
+
+def config(*overrides, recipe=RECIPE):
     return load_config(
-        RECIPE,
+        recipe,
         [
             "rollout.engine=transformers", "rollout.prompts_per_batch=4", f"rollout.samples_per_prompt={G}", "rollout.max_new_tokens=10",
             "rollout.max_prompt_tokens=100", "training.minibatches_per_batch=1", "training.tokens_per_micro_batch=400", "training.num_batches=4",
@@ -92,3 +95,7 @@ def assert_same(actual, expected):
     assert actual.keys() == expected.keys()
     for name in expected:
         assert_close(actual[name], expected[name], atol=2e-7, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def ppo(*overrides):
+    return config(*SMALL_PPO, *overrides, recipe=RECIPE.with_name("ppo.yaml"))

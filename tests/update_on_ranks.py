@@ -1,0 +1,87 @@
+"""Two optimizer steps on stored rollouts, under `accelerate launch` with any number of ranks: RECIPE MODEL OUTPUT [key=value ...]."""
+
+import os
+import random
+import sys
+
+import torch
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+
+from rlhf.config import PPO, load_config
+from rlhf.critic import load_critic
+from rlhf.distributed import gather, start
+from rlhf.experience import Ranks, estimate
+from rlhf.lora import add_lora
+from rlhf.metrics import Metrics
+from rlhf.models import load_causal_lm
+from rlhf.types import Prompt, Rollout, Score
+from rlhf.updater import Updater
+
+GROUPS, SAMPLES = 6, 3
+
+
+def stored_rollouts():
+    """Groups of uneven lengths, one without signal and one that could not be judged, so that ranks need different numbers of passes."""
+    draw = random.Random(0)
+    rollouts, scores = [], []
+    for g in range(GROUPS):
+        tokens = tuple(draw.randrange(5, 200) for _ in range(10 + 5 * g))
+        prompt = Prompt(id=str(g), token_ids=tokens, question="", reference="")
+        for s in range(SAMPLES):
+            length = draw.randrange(1, 30)
+            rollouts.append(
+                Rollout(
+                    prompt=prompt,
+                    token_ids=tuple(draw.randrange(5, 200) for _ in range(length)),
+                    logprobs=tuple(draw.uniform(-6, -5) for _ in range(length)),
+                    finish_reason="stop",
+                    text="",
+                    policy_version=0,
+                )
+            )
+            value = None if (g, s) == (4, 1) else 1.0 if g == 2 else float(draw.random() < 0.5)
+            scores.append(Score(verdict="undecided" if value is None else "wrong", value=value))
+    return rollouts, scores
+
+
+def main(recipe, model, output, *overrides):
+    config = load_config(
+        recipe,
+        [
+            f"rollout.prompts_per_batch={GROUPS}", f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_new_tokens=30", "rollout.max_prompt_tokens=40",
+            "training.minibatches_per_batch=1", "training.passes_per_batch=2", "training.tokens_per_micro_batch=80", "optimizer.warmup_steps=0",
+            "rewards=[{name: correctness}]", "guards.max_kl_sampler=1e9", *overrides,
+        ],
+    )  # fmt: skip
+    accelerator = start(config.seed, max_grad_norm=config.optimizer.max_grad_norm)
+    policy = load_causal_lm(model, revision=None, dtype="float32")
+    set_seed(1)
+    if config.policy.lora:
+        add_lora(policy, config.policy.lora)
+    critic = None
+    if isinstance(config, PPO):
+        critic = load_critic(config.critic.model_copy(update={"path": model}))
+        torch.nn.init.normal_(critic.score.weight, std=0.3)
+    updater = Updater(config, accelerator, policy=policy, critic=critic, pad_token_id=0)
+    rollouts, scores = stored_rollouts()
+    share = len(rollouts) // accelerator.num_processes
+    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    values = updater.values(rollouts[own]) if critic is not None else None
+    ranks = Ranks(lambda items: gather(accelerator, items), accelerator.process_index)
+    experience = estimate(rollouts[own], scores[own], config, ranks=ranks, values=values)
+    updater.update(experience, Metrics())
+    if accelerator.is_main_process:
+        weights = {
+            f"{name}.{key}": parameter.detach().float().clone()
+            for name, learner in updater.learners.items()
+            for key, parameter in learner.unwrapped.named_parameters()
+        }
+        save_file(weights, output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
