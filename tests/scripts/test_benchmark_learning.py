@@ -71,6 +71,7 @@ def test_sampled_tokens_add_up_over_batches_until_the_budget_is_spent():
     first, second = clock.batches
     assert (first["sampled_tokens"], second["sampled_tokens"]) == (8, 20)
     assert (first["length"], first["truncated"], first["correctness"], first["reward"]) == (4, 0.5, 0.5, 0.75)
+    assert second["truncated"] == 0
     assert second["correctness"] == 0.5  # the undecided one is in neither count
     assert not is_spent(21, clock.batches)
     assert is_spent(20, clock.batches)
