@@ -116,7 +116,7 @@ def normalised_steps(
     if advantage == "group_baseline":
         spread = (_sums(centered.square(), groups, num_groups).sum() / max(len(rewards) - 1, 1)).expand(num_groups)
     if advantage == "leave_one_out":
-        own = torch.bincount(samples, minlength=num_prompts * num_samples)[samples]
+        own = torch.bincount(samples)[samples]
         others = counts[groups] - own
         own_sums = _sums(rewards, samples, num_prompts * num_samples)[samples]
         centered = rewards - (sums[groups] - own_sums) / others.clamp(min=1)

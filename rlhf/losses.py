@@ -32,17 +32,12 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, sequences: Tensor) ->
         old_logprobs: [N] under the policy that sampled.
         sequences: [N] index of the sequence each token belongs to, from 0.
     """
-    return torch.exp(_sequence_means(logprobs - old_logprobs, sequences))[sequences]
+    sums = _sequence_sums(logprobs - old_logprobs, sequences)
+    return torch.exp((sums / torch.bincount(sequences).clamp(min=1))[sequences])
 
 
 def _sequence_sums(values: Tensor, sequences: Tensor) -> Tensor:
-    count = int(sequences.max()) + 1 if sequences.numel() else 0
-    return values.new_zeros(count).index_add(0, sequences, values)
-
-
-def _sequence_means(values: Tensor, sequences: Tensor) -> Tensor:
-    sums = _sequence_sums(values, sequences)
-    return sums / torch.bincount(sequences, minlength=len(sums)).clamp(min=1)
+    return values.new_zeros(len(torch.bincount(sequences))).index_add(0, sequences, values)
 
 
 def clipped_policy_loss(
@@ -101,23 +96,23 @@ def vespo_loss(
     """VESPO (https://arxiv.org/abs/2602.10693): a smooth weight of the whole sequence's ratio instead of a clip. [N] -> [N].
 
         L = -stop_gradient(phi(w)) A logp       phi(w) = w^power exp(decay (1 - w))
-                                                w = product over the sequence of pi / pi_behaviour, within [1e-8, e^20]
+                                                w = product over the sequence of pi / pi_behaviour
 
     phi(1) = 1: on policy it is the policy gradient. phi is largest, above 1, at w = power / decay and fades on both sides.
 
     Args:
         logprobs: [N] under the policy being trained; the only input with a gradient.
         behaviour_logprobs: [N] under the policy that sampled. Where the engine's differ from the trainer's old ones, pass
-            old_logprobs - log(sampler_correction) and do not multiply by the correction: phi contains it.
+            old_logprobs - log(sampler_correction) and do not multiply by the correction: phi contains it. One token masked by the
+            correction (weight 0) then silences its whole sequence.
         advantages: [N]; power and decay go by the sign of each.
         sequences: [N] index of the sequence each token belongs to, from 0.
-        power_positive: k of advantages >= 0: how fast the weight grows.
-        decay_positive: lambda of advantages >= 0: how fast it fades.
+        power_positive: k of advantages >= 0: how fast the weight grows; above 0. The defaults are TRL's.
+        decay_positive: lambda of advantages >= 0: how fast it fades; above 0.
         power_negative: k of advantages < 0.
         decay_negative: lambda of advantages < 0.
     """
-    log_ratio = (logprobs - behaviour_logprobs).detach().clamp(-20.0, 20.0)
-    log_w = _sequence_sums(log_ratio, sequences)[sequences].clamp(math.log(1e-8), 20.0)
+    log_w = _sequence_sums((logprobs - behaviour_logprobs).detach(), sequences)[sequences]
     power = torch.where(advantages >= 0, power_positive, power_negative)
     decay = torch.where(advantages >= 0, decay_positive, decay_negative)
     return -torch.exp(power * log_w + decay * (1 - log_w.exp())) * advantages * logprobs

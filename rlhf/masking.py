@@ -28,12 +28,11 @@ def token_weights(
     Returns:
         [B], 0 for sequences without trained tokens.
     """
-    lengths = lengths.to(torch.float32)
     if aggregation == "token":
-        return torch.where(lengths > 0, 1.0 / lengths.sum().clamp(min=1.0), 0.0)
+        return torch.where(lengths > 0, 1.0 / lengths.sum().clamp(min=1), 0.0)
     num_sequences = (lengths > 0).sum().clamp(min=1)
     if aggregation == "constant":
         return torch.where(lengths > 0, 1.0 / (max_length * num_sequences), 0.0)
     if aggregation == "sequence_sum":
         return torch.where(lengths > 0, 1.0 / num_sequences, 0.0)
-    return torch.where(lengths > 0, 1.0 / (lengths.clamp(min=1.0) * num_sequences), 0.0)
+    return torch.where(lengths > 0, 1.0 / (lengths.clamp(min=1) * num_sequences), 0.0)

@@ -79,6 +79,13 @@ def test_is_clipped_agrees_with_a_vanished_gradient():
             assert bool(clipped) == (gradient == 0.0)
 
 
+def test_is_clipped_at_its_bounds_and_without_an_advantage_is_false():
+    # at the bound itself the clamp still has a gradient
+    ratios, advantages = torch.tensor([1.25, 0.75, 2.0, 0.5, 0.5, 0.5]), torch.tensor([1.0, -1.0, 0.0, 0.0, 0.5, -0.5])
+    got = is_clipped(ratios, advantages, clip_low=0.25, clip_high=0.25)
+    assert got.tolist() == [False, False, False, False, False, True]
+
+
 def test_group_relative_of_one_success_in_four():
     # mean 1/4, sample variance (9/16 + 3/16) / 3 = 1/4, so std 1/2
     assert_close(
@@ -96,12 +103,18 @@ def test_groups_do_not_see_each_other():
 
 
 def test_equal_rewards_give_exactly_zero_whatever_rounding_does_to_their_mean():
-    assert group_relative(torch.full((1, 7), 0.1), scale_by_std=True).eq(0).all()
+    rewards = torch.full((2, 7), 0.1)
+    rewards[1, 0] = 1.0
+    advantages = group_relative(rewards, scale_by_std=True)
+    assert advantages[0].eq(0).all()
+    assert advantages[1].ne(0).all()
 
 
-def test_a_group_of_one_is_refused_with_the_key_to_change():
-    with pytest.raises(ValueError, match="samples_per_prompt"):
-        group_relative(torch.ones(3, 1), scale_by_std=True)
+@pytest.mark.parametrize("estimator", [group_relative, group_baseline])
+def test_a_group_of_one_is_refused_with_the_key_to_change(estimator):
+    sentence = "compares samples of one prompt and got G=1; set rollout.samples_per_prompt to 2 or more"
+    with pytest.raises(ValueError, match=f"^{estimator.__name__} {sentence}$"):
+        estimator(torch.ones(3, 1), scale_by_std=True)
 
 
 def test_kl_estimators_at_a_ratio_of_two():
@@ -123,6 +136,10 @@ def test_logprobs_and_entropy_use_the_temperature():
     assert_close(token_logprobs(logits, torch.tensor([1]), temperature=1.0).exp(), torch.tensor([0.75]))
     assert_close(token_logprobs(logits, torch.tensor([1]), temperature=0.5).exp(), torch.tensor([0.9]))  # 9 / (1 + 9)
     assert_close(token_entropy(torch.zeros(1, 4), temperature=2.0), torch.tensor([math.log(4)]))
+
+
+def test_the_only_sequence_of_a_step_is_all_of_it():
+    assert_close(token_weights(torch.tensor([0, 4]), "sequence"), torch.tensor([0.0, 0.25]))
 
 
 def test_token_weights_by_token_and_by_sequence():
@@ -151,9 +168,9 @@ def test_the_two_sided_clip_bounds_how_hard_a_bad_token_that_became_likely_pushe
 
 
 def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens_and_each_of_them_gets_its_share_of_the_gradient():
-    logprobs = torch.tensor([2.0, 8.0, 1.0]).log().requires_grad_()  # ratios 2 and 8 in sequence 0, 1 in sequence 1
-    ratio = sequence_ratio(logprobs, torch.zeros(3), torch.tensor([0, 0, 1]))
-    assert_close(ratio, torch.tensor([4.0, 4.0, 1.0]))
+    logprobs = torch.tensor([0.2, 0.8, 0.3]).log().requires_grad_()  # ratios 2 and 8 in sequence 0, 3 in sequence 2
+    ratio = sequence_ratio(logprobs, torch.tensor([0.1, 0.1, 0.1]).log(), torch.tensor([0, 0, 2]))
+    assert_close(ratio, torch.tensor([4.0, 4.0, 3.0]))
     ratio[0].backward()
     assert_close(logprobs.grad, torch.tensor([2.0, 2.0, 0.0]))  # ratio / length
 
@@ -180,8 +197,8 @@ def test_sapo_is_the_policy_gradient_at_ratio_one_and_fades_on_both_sides():
 
 
 def test_sapo_takes_its_temperature_from_the_sign_of_the_advantage():
-    values = sapo_loss(torch.ones(2), torch.tensor([1.0, -1.0]), temperature_positive=1.0, temperature_negative=2.0)
-    assert_close(values, torch.tensor([-2.0, 1.0]))  # 4/tau sigmoid(0) = 2/tau
+    values = sapo_loss(torch.ones(2), torch.tensor([3.0, -0.5]), temperature_positive=1.0, temperature_negative=2.0)
+    assert_close(values, torch.tensor([-6.0, 0.5]))  # 4/tau sigmoid(0) = 2/tau
 
 
 @pytest.mark.parametrize(
@@ -201,6 +218,19 @@ def test_the_sampler_is_corrected_by_a_bounded_weight_per_token_or_per_sequence(
     assert not got.requires_grad
 
 
+def test_a_weight_at_the_bound_stays_and_no_token_needs_no_weight():
+    one = torch.tensor([math.log(2.0)]).exp().log()
+    for mode in ("truncate", "mask"):
+        got = sampler_correction(
+            one, torch.zeros(1), torch.tensor([0]), level="token", mode=mode, max_ratio=one.exp().item()
+        )
+        assert_close(got, torch.tensor([2.0]))
+        none = sampler_correction(
+            torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long), level="sequence", mode=mode, max_ratio=2.0
+        )
+        assert none.shape == (0,)
+
+
 def test_leave_one_out_compares_with_the_mean_of_the_others():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     assert_close(leave_one_out(rewards, scale_by_std=False), torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
@@ -211,7 +241,8 @@ def test_batch_normalised_compares_with_the_whole_batch():
     rewards = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
     expected = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     assert_close(batch_normalised(rewards, scale_by_std=True), torch.tensor([[expected] * 2, [-expected] * 2]))
-    assert_close(batch_normalised(torch.full((2, 2), 0.1), scale_by_std=True), torch.zeros(2, 2), rtol=0, atol=0)
+    assert_close(batch_normalised(torch.full((1, 7), 0.1), scale_by_std=True), torch.zeros(1, 7), rtol=0, atol=0)
+    assert_close(batch_normalised(torch.tensor([[3.0]]), scale_by_std=False), torch.tensor([[0.0]]))
 
 
 def test_group_baseline_has_one_scale_for_all_groups():
@@ -229,6 +260,15 @@ def test_normalised_components_give_a_small_reward_its_say():
     assert_close(advantages[0], torch.zeros(2), atol=1e-3, rtol=0)
     assert advantages[1, 0] > 0.5
     assert advantages[1, 1] < -0.5
+
+
+def test_normalised_components_are_weighted_summed_and_whitened():
+    # each component is +-1/2 around its mean, its group's standard deviation sqrt(1/2)
+    components = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[1.0, 2.0], [0.0, 0.0]]])
+    one, two = 0.5 / (math.sqrt(0.5) + 1e-4), 1 / (math.sqrt(2) + 1e-4)
+    sums = torch.tensor([[2 * one - 3 * two, 3 * two - 2 * one], [2 * one + 3 * two, -2 * one - 3 * two]])
+    scale = math.sqrt((2 * (2 * one - 3 * two) ** 2 + 2 * (2 * one + 3 * two) ** 2) / 3) + 1e-4
+    assert_close(normalised_components(components, torch.tensor([2.0, 3.0])), sums / scale)
 
 
 def test_a_constant_denominator_gives_a_token_the_same_weight_in_short_and_long_sequences():
@@ -263,6 +303,7 @@ def test_no_trained_token_gives_a_gradient_of_zero_and_not_none():
 
 def test_a_sequence_sum_counts_a_sequence_as_its_length():
     assert_close(token_weights(torch.tensor([1, 4, 0]), "sequence_sum"), torch.tensor([0.5, 0.5, 0.0]))
+    assert_close(token_weights(torch.tensor([1, 4, 0]), "constant"), torch.tensor([0.5, 0.5, 0.0]))  # of one token
 
 
 # ------------------------------------------------------------------------------------------------------------ rewards of steps
@@ -300,17 +341,29 @@ def test_one_step_in_each_sample_is_the_estimator_itself_in_any_order(advantage,
     assert_close(got, ADVANTAGES[advantage](rewards, scale_by_std=scale_by_std).flatten()[order])
 
 
+@pytest.mark.parametrize("reward", [0.1, -0.1])
 @pytest.mark.parametrize("advantage", ADVANTAGES)
-def test_equal_steps_give_exactly_zero_whatever_rounding_does_to_their_mean(advantage):
+def test_equal_steps_give_exactly_zero_whatever_rounding_does_to_their_mean(advantage, reward):
     samples = torch.tensor([0, 0, 0, 1, 1, 1, 1])
-    got = normalised_steps(torch.full((7,), 0.1), samples, shape=(1, 2), advantage=advantage, scale_by_std=True)
+    got = normalised_steps(torch.full((7,), reward), samples, shape=(1, 2), advantage=advantage, scale_by_std=True)
     assert got.eq(0).all()
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)
-def test_a_single_step_has_nothing_to_be_compared_with(advantage):
-    got = normalised_steps(torch.tensor([3.0]), torch.tensor([1]), shape=(2, 2), advantage=advantage, scale_by_std=True)
+def test_a_single_step_has_nothing_to_be_compared_with_and_prompts_without_steps_are_nothing(advantage):
+    got = normalised_steps(torch.tensor([3.0]), torch.tensor([3]), shape=(4, 2), advantage=advantage, scale_by_std=True)
     assert got.eq(0).all()
+    two = normalised_steps(
+        torch.tensor([3.0, 1.0]), torch.tensor([3, 2]), shape=(4, 2), advantage=advantage, scale_by_std=True
+    )
+    difference = 2.0 if advantage == "leave_one_out" else 1.0
+    assert_close(two, torch.tensor([difference, -difference]) / (math.sqrt(2) + 1e-4))
+
+
+def test_a_step_alone_in_its_group_does_not_widen_the_scale_of_the_others():
+    steps, samples = torch.tensor([3.0, 1.0, 50.0]), torch.tensor([0, 1, 2])
+    got = normalised_steps(steps, samples, shape=(3, 2), advantage="group_baseline", scale_by_std=True)
+    assert_close(got, torch.tensor([1.0, -1.0, 0.0]) / (1 + 1e-4))  # variance (1 + 1 + 0) / 2
 
 
 def test_steps_of_one_sample_alone_get_nothing_from_leave_one_out():
@@ -340,7 +393,7 @@ def test_two_steps_that_end_at_the_same_token_both_count():
 
 
 def test_a_step_beyond_the_end_of_its_sequence_is_a_bug():
-    with pytest.raises(AssertionError, match="behind the last trained token"):
+    with pytest.raises(AssertionError, match="^a step ends behind the last trained token of its sequence"):
         sum_of_future(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([2]), torch.tensor([2, 5]))
 
 
@@ -352,6 +405,7 @@ def test_the_reward_of_ppo_is_the_cost_of_the_kl_and_the_score_at_the_end():
     got = token_rewards(scores, kl, torch.tensor([2, 0, 1]), coefficient=0.1)
     assert_close(got, torch.tensor([-0.05, 1.05, -2.2]))
     assert not got.requires_grad
+    assert_close(token_rewards(scores.double(), kl, torch.tensor([2, 0, 1]), coefficient=0.1), got)
 
 
 def test_gae_by_hand_of_two_sequences_that_do_not_see_each_other():
@@ -380,6 +434,12 @@ def test_gae_of_a_sequence_is_the_same_whatever_lies_beside_it():
             discount=0.9, trace=0.8,
         )  # fmt: skip
         assert_close(got[4:7], alone, rtol=0, atol=0)
+
+
+def test_tensors_are_made_where_the_inputs_are():
+    with torch.device("meta"):
+        flat, lengths = torch.ones(3, device="cpu"), torch.tensor([2, 1], device="cpu")
+        assert generalised_advantages(flat, flat, lengths, discount=1.0, trace=0.5).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_no_sequence_has_no_advantages():
@@ -428,6 +488,14 @@ def test_vespo_is_the_policy_gradient_on_policy():
     assert_close(logprobs.grad, torch.tensor([-2.0, -2.0, 3.0]))
 
 
+def test_vespos_weight_at_twice_the_probability():
+    logprobs = torch.tensor([0.5, 0.5]).log()
+    loss = vespo_loss(logprobs, torch.tensor([0.25, 0.25]).log(), torch.tensor([0.5, -0.5]), torch.tensor([0, 1]))
+    # w^k exp(lambda (1 - w)): 2^2 exp(-3) where the advantage is positive, 2^3 exp(-2) where it is negative
+    expected = torch.tensor([4 * math.exp(-3) * 0.5, -8 * math.exp(-2) * 0.5]) * math.log(2)
+    assert_close(loss, expected)
+
+
 def test_vespo_weighs_every_token_by_the_product_of_its_sequences_ratios():
     # ratios 1/2 and 1/2 (product 1/4) with advantage 1, ratio 2 with advantage -1
     logprobs = torch.tensor([0.25, 0.25, 0.5]).log().requires_grad_()
@@ -443,9 +511,9 @@ def test_vespo_weighs_every_token_by_the_product_of_its_sequences_ratios():
 
 
 def test_vespo_stays_finite_far_from_the_policy_that_sampled():
-    for distance in (-1000.0, 1000.0):
-        logprobs = torch.tensor([distance], requires_grad=True)
-        loss = vespo_loss(logprobs, torch.zeros(1), torch.tensor([1.0]), torch.tensor([0]))
+    for distance in (-1000.0, 1000.0, -math.inf):
+        logprobs = torch.tensor([-1.0], requires_grad=True)
+        loss = vespo_loss(logprobs, torch.tensor([-distance]), torch.tensor([1.0]), torch.tensor([0]))
         loss.sum().backward()
         assert logprobs.grad.abs().item() < 1e-10
 
