@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from online_helpers import G, assert_same, config, count_of_a_token, expected_gradient, experience, sample
+from online_helpers import RECIPE, G, assert_same, config, count_of_a_token, expected_gradient, experience, sample
 from torch.testing import assert_close
 
 import rlhf.updater as updater
 from rlhf.advantages import group_relative
 from rlhf.experience import Ranks, estimate, has_signal
-from rlhf.metrics import Metrics
+from rlhf.metrics import MEANING, Metrics
 from rlhf.types import Score, StepReward
 
 WITH_REFERENCE = "reference={path: nowhere}"
@@ -18,6 +18,35 @@ WITH_REFERENCE = "reference={path: nowhere}"
 
 def wrong(value, *steps):
     return Score(verdict="wrong", value=value, steps=tuple(StepReward(*step) for step in steps))
+
+
+RECIPES = sorted((RECIPE.parents[1] / "algorithms").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [*RECIPES, RECIPE.with_name("ppo.yaml")], ids=lambda path: path.stem)
+def test_every_recipe_of_the_family_moves_its_policy_and_explains_each_of_its_metrics(make_trainer, path):
+    options = (
+        "training.passes_per_batch=2",
+        "training.minibatches_per_batch=2",
+        "training.num_batches=1",
+        "rollout.prompts_per_batch=8",
+        "algorithm.truncated=wrong",  # a model drawn at random never ends
+    )
+    if path.stem == "ppo":
+        options += ("critic.warmup_batches=0",)
+    trainer = make_trainer(*options, recipe=lambda *overrides: config(*overrides, recipe=path))
+    trainer.reward_fn = lambda rollouts: [
+        dataclasses.replace(s, components={r.name: s.value for r in trainer.config.rewards})
+        for s in count_of_a_token(rollouts)
+    ]
+    before = [p.clone() for p in trainer.unwrapped.parameters()]
+    [row] = trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
+    assert {key for key in row if not key.startswith("reward/")} <= MEANING.keys()
+    assert sum(row[f"share/{part}"] for part in ("rollout", "reward", "train", "sync")) == pytest.approx(1)
+    assert row["rollout/tokens_per_second"] > 0
+    assert row["train/tokens_per_second"] > 0
+    assert row["memory/peak_gb"] > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------- rewards of steps
