@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
 
 from data.chat import render_response
 from reward_models.outcome import OutcomeModel, TokenPair
@@ -74,6 +75,15 @@ def test_by_default_all_linear_layers_of_the_blocks_are_adapted_and_nothing_else
     assert trained == {
         f"model.layers.{layer}.{kind}.lora_{side}.default.weight" for layer in (0, 1) for kind in kinds for side in "AB"
     }
+
+
+def test_a_head_trained_in_full_is_trained_itself_and_comes_with_the_adapters(model_folder):
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1)
+    add_lora(model, Lora(target_modules=("o_proj",)), trained_in_full=["score"])
+    trained = {name.replace(".default", "") for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == dict(adapter_parameters(model)).keys()
+    assert {name.rpartition(".o_proj")[2] for name in trained} == {".lora_A.weight", ".lora_B.weight", "score.weight"}
+    assert torch.equal(dict(merged_parameters(model))["score.weight"], model.score.weight)
 
 
 def batch():
