@@ -94,7 +94,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, targets, *known = ctx.saved_tensors
         if d_logprobs is None:
             d_logprobs = torch.zeros(hidden.shape[0], device=hidden.device)
-        if known and d_entropies is None:
+        if known and d_entropies is None and len(hidden):
             factor = _common_factor(d_logprobs, known[0])
             if factor is not None:
                 return known[1] * factor, (known[2] * factor).to(weight.dtype), None, None, None, None

@@ -264,8 +264,8 @@ class Updater:
             of_tokens(experience.returns),
         )
 
-    def _forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        return self.policy.module(micro.batch, self.config.rollout.temperature)
+    def _forward(self, micro: MicroBatch, expected: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.policy.module(micro.batch, self.config.rollout.temperature, expected)
 
     def _policy_step(self, plan: Sequence[MicroBatch], metrics: Metrics) -> None:
         algorithm, local = self.config.algorithm, Metrics()
@@ -279,7 +279,9 @@ class Updater:
         for i, micro in enumerate(plan):
             last = i == len(plan) - 1
             with self.policy.micro_batch(last=last):
-                logprobs, entropy = self._forward(micro)
+                # On policy every ratio is 1, and there each of the losses has the policy gradient.
+                on_policy = micro.old_logprobs is None
+                logprobs, entropy = self._forward(micro, -micro.advantages * micro.weights if on_policy else None)
                 if micro.old_logprobs is None:
                     micro.old_logprobs = logprobs.detach()
                 focus = None if micro.entropies is None else high_entropy_mask(micro.entropies, threshold)
