@@ -97,3 +97,31 @@ def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, re
             assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-3)
         for name, weight in weights.items():
             torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def weights_after(accelerate_config, num_ranks, model_folder, output):
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", ROOT / f"recipes/accelerate/{accelerate_config}.yaml", "--num_processes", str(num_ranks), "--main_process_port", "0",
+        ROOT / "tests/update_on_ranks.py", model_folder, output,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return load_file(output)
+
+
+@pytest.mark.slow
+def test_two_ranks_sharded_or_not_take_the_steps_of_one(model_folder, tmp_path):
+    """GRPO, GRPO with LoRA and an entropy mask over all ranks, and PPO, each with the critic's gradient where it has one."""
+    one = weights_after("single", 1, model_folder, tmp_path / "one")
+    assert {key for key in one if key.endswith("grad_norm")} == {
+        "grpo.policy/grad_norm", "entropy.policy/grad_norm", "ppo.policy/grad_norm", "ppo.critic/grad_norm",
+    }  # fmt: skip
+    for accelerate_config in ("ddp_cpu", "zero2_cpu"):
+        two = weights_after(accelerate_config, 2, model_folder, tmp_path / accelerate_config)
+        assert two.keys() == one.keys()
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")

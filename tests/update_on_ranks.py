@@ -1,13 +1,11 @@
-"""Two optimizer steps on stored rollouts, under `accelerate launch` with any number of ranks: RECIPE MODEL OUTPUT [key=value ...]."""
+"""Two optimizer steps on stored rollouts, for some members of the family, under `accelerate launch` with any number of ranks: MODEL OUTPUT."""
 
 import os
 import random
 import sys
+from pathlib import Path
 
 import torch
-
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 
@@ -21,7 +19,18 @@ from rlhf.models import load_causal_lm
 from rlhf.types import Prompt, Rollout, Score
 from rlhf.updater import Updater
 
+ROOT = Path(__file__).parents[1]
 GROUPS, SAMPLES = 6, 3
+FAMILY = {
+    "grpo": ("grpo", "algorithm.advantage=batch_normalised"),
+    "entropy": (
+        "grpo",
+        "algorithm.top_entropy_share=0.3",
+        "algorithm.entropy_coefficient=0.1",
+        "policy.lora={rank: 4}",
+    ),
+    "ppo": ("ppo", "reference=null", "algorithm.kl_coefficient=0", "critic.warmup_batches=0"),
+}
 
 
 def stored_rollouts():
@@ -48,9 +57,10 @@ def stored_rollouts():
     return rollouts, scores
 
 
-def main(recipe, model, output, *overrides):
+def take_steps(recipe, model, *overrides):
+    """Weights of everything trained, and gradient norms, after the steps."""
     config = load_config(
-        recipe,
+        ROOT / f"recipes/tiny/{recipe}.yaml",
         [
             f"rollout.prompts_per_batch={GROUPS}", f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_new_tokens=30", "rollout.max_prompt_tokens=40",
             "training.minibatches_per_batch=1", "training.passes_per_batch=2", "training.tokens_per_micro_batch=80", "optimizer.warmup_steps=0",
@@ -73,13 +83,24 @@ def main(recipe, model, output, *overrides):
     values = updater.values(rollouts[own]) if critic is not None else None
     ranks = Ranks(lambda items: gather(accelerator, items), accelerator.process_index)
     experience = estimate(rollouts[own], scores[own], config, ranks=ranks, values=values)
-    updater.update(experience, Metrics())
-    if accelerator.is_main_process:
-        weights = {
-            f"{name}.{key}": parameter.detach().float().clone()
-            for name, learner in updater.learners.items()
-            for key, parameter in learner.unwrapped.named_parameters()
-        }
+    metrics = Metrics()
+    updater.update(experience, metrics)
+    weights = {
+        f"{name}.{key}": parameter.detach().float().clone()
+        for name, learner in updater.learners.items()
+        for key, parameter in learner.unwrapped.named_parameters()
+    }
+    # AdamW's first steps are as large whatever the gradient's scale; its norm tells.
+    return weights | {key: torch.tensor(v) for key, (v, _) in metrics.pairs().items() if key.endswith("grad_norm")}
+
+
+def main(model, output):
+    weights = {
+        f"{name}.{key}": value
+        for name, (recipe, *overrides) in FAMILY.items()
+        for key, value in take_steps(recipe, model, *overrides).items()
+    }
+    if int(os.environ.get("RANK", "0")) == 0:
         save_file(weights, output)
 
 
