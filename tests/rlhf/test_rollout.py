@@ -373,6 +373,17 @@ def test_vllm_applies_adapters_on_some_of_the_layers_it_fuses(adapter_engines, p
     assert sync.push(policy_version=1).error < 1e-4
 
 
+def test_an_engine_that_draws_its_first_adapter_leaves_the_trainers_random_state_alone(model_folder, renderer):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    build_engine(
+        config("transformers"), model_folder, stop_token_id=renderer.stop_token_id, decode=renderer.decode,
+        lora=lora("adapter"),
+    )  # fmt: skip
+    assert torch.rand(1) == expected
+
+
 @pytest.mark.parametrize(("rank", "served"), [(1, 1), (4, 8), (16, 16), (100, 128), (512, 512)])
 def test_vllm_is_built_for_the_next_rank_it_has_kernels_for(rank, served):
     from rlhf.rollout.vllm_colocate import _served_rank
