@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf.run import num_ranks
 
 
-def start(seed: int, *, max_grad_norm: float = 1.0) -> Accelerator:
+def start(seed: int) -> Accelerator:
     """The accelerator that `accelerate launch` configured, with every random generator seeded, the same on all ranks.
 
     Raises:
@@ -36,7 +36,6 @@ def start(seed: int, *, max_grad_norm: float = 1.0) -> Accelerator:
         # The loop accumulates by itself, with one denominator an optimizer step.
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-        plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
         plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
     elif accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
@@ -51,6 +50,13 @@ def beside(accelerator: Accelerator) -> Accelerator:
     """A second accelerator over the same ranks, for a second model with an optimizer of its own."""
     assert accelerator.state is not None
     return Accelerator()  # accelerate's state is one per process
+
+
+def clip_in_engine(accelerator: Accelerator, max_grad_norm: float) -> None:
+    """What DeepSpeed's engine of the next prepared model clips its gradients at; elsewhere `clip_and_step` is told."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
 
 
 def require_all_ranks(accelerator: Accelerator) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from rlhf.config import Optimizer
-from rlhf.distributed import clip_and_step, micro_batch, unwrap
+from rlhf.distributed import clip_and_step, clip_in_engine, micro_batch, unwrap
 
 
 class Learner:
@@ -40,6 +40,7 @@ class Learner:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=num_steps,
         )
+        clip_in_engine(accelerator, config.max_grad_norm)
         training = module.training
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.module.train(training)  # accelerate and DeepSpeed may have switched it

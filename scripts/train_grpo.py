@@ -38,7 +38,7 @@ def train_online(config: Online, run: Run) -> None:
     if not fitting:
         raise ValueError(f"no demonstration fits into rollout.max_new_tokens {config.rollout.max_new_tokens}; raise it")
 
-    accelerator = start(config.seed, max_grad_norm=config.optimizer.max_grad_norm)
+    accelerator = start(config.seed)
     reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device))
     require_reachable(reward_fn, fitting)
     policy = load_causal_lm(config.policy.path, revision=config.policy.revision, dtype=config.policy.dtype)

@@ -29,7 +29,13 @@ FAMILY = {
         "algorithm.entropy_coefficient=0.1",
         "policy.lora={rank: 4}",
     ),
-    "ppo": ("ppo", "reference=null", "algorithm.kl_coefficient=0", "critic.warmup_batches=0"),
+    "ppo": (
+        "ppo",
+        "reference=null",
+        "algorithm.kl_coefficient=0",
+        "critic.warmup_batches=0",
+        "critic.optimizer.max_grad_norm=0.01",  # another than the policy's
+    ),
 }
 
 
@@ -67,7 +73,7 @@ def take_steps(recipe, model, *overrides):
             "rewards=[{name: correctness}]", "guards.max_kl_sampler=1e9", *overrides,
         ],
     )  # fmt: skip
-    accelerator = start(config.seed, max_grad_norm=config.optimizer.max_grad_norm)
+    accelerator = start(config.seed)
     policy = load_causal_lm(model, revision=None, dtype="float32")
     set_seed(1)
     if config.policy.lora:
@@ -77,6 +83,10 @@ def take_steps(recipe, model, *overrides):
         critic = load_critic(config.critic.model_copy(update={"path": model}))
         torch.nn.init.normal_(critic.score.weight, std=0.3)
     updater = Updater(config, accelerator, policy=policy, critic=critic, pad_token_id=0)
+    for name, learner in updater.learners.items():
+        bound = (config.optimizer if name == "policy" else config.critic.optimizer).max_grad_norm
+        engine_bound = getattr(learner.module, "gradient_clipping", lambda: bound)()
+        assert engine_bound == bound, f"{name} is clipped at {engine_bound} and not at {bound}"
     rollouts, scores = stored_rollouts()
     share = len(rollouts) // accelerator.num_processes
     own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
