@@ -984,6 +984,8 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
             f"{num_ranks} x {training.minibatches_per_batch}; change one of them"
         )
     completions = rollout.prompts_per_batch * rollout.samples_per_prompt
+    warmup = config.critic.warmup_batches if isinstance(config, PPO) else 0
+    moving = training.num_batches - warmup
     steps_per_batch = training.minibatches_per_batch * training.passes_per_batch
     policy = (
         "on policy"
@@ -996,16 +998,23 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
             "completions per rollout batch",
             f"{completions:,} = {rollout.prompts_per_batch} prompts x {rollout.samples_per_prompt} samples",
         ),
-        ("tokens sampled per rollout batch", f"at most {completions * rollout.max_new_tokens:,}"),
+        (
+            "tokens sampled per rollout batch",
+            f"at most {completions * rollout.max_new_tokens * (1 + rollout.refill_rounds):,}"
+            + (f", refills of up to {rollout.refill_rounds} rounds included" if rollout.refill_rounds else ""),
+        ),
         (
             "completions per optimizer step",
             f"{completions // training.minibatches_per_batch:,} ({completions // training.minibatches_per_batch // num_ranks:,} per rank)",
         ),
         ("micro-batch", f"at most {training.tokens_per_micro_batch:,} padded tokens per rank"),
-        ("rollout batches", f"{training.num_batches:,}"),
+        (
+            "rollout batches",
+            f"{training.num_batches:,}" + (f", the first {warmup} train the critic alone" if warmup else ""),
+        ),
         (
             "optimizer steps",
-            f"{training.num_batches * steps_per_batch:,} = {training.num_batches} batches x {training.minibatches_per_batch} mini-batches x {training.passes_per_batch} passes",
+            f"{moving * steps_per_batch:,} = {moving} batches x {training.minibatches_per_batch} mini-batches x {training.passes_per_batch} passes",
         ),
         ("data is", policy),
     ]

@@ -201,9 +201,9 @@ def has_signal(scores: Sequence[Score]) -> bool:
     return any(score.value != scores[0].value or score.steps != scores[0].steps for score in scores)
 
 
-def describe(experience: Experience, metrics: Metrics, *, group_size: int) -> None:
-    """Metrics of the rollouts, their rewards and advantages."""
-    for rollout, score in zip(experience.rollouts, experience.scores, strict=True):
+def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metrics, *, group_size: int) -> None:
+    """Metrics of everything sampled and of its rewards, whatever becomes of it."""
+    for rollout, score in zip(rollouts, scores, strict=True):
         metrics.add("rollout/length", total=len(rollout.token_ids), count=1)
         metrics.add("rollout/truncated", total=rollout.finish_reason == "length", count=1)
         metrics.add("rollout/undecided", total=score.value is None, count=1)
@@ -213,12 +213,15 @@ def describe(experience: Experience, metrics: Metrics, *, group_size: int) -> No
             for name, value in score.components.items():
                 if name != "correctness":
                     metrics.add(f"reward/{name}", total=value, count=1)
-    for start in range(0, len(experience.scores), group_size):
-        group = experience.scores[start : start + group_size]
+    for start in range(0, len(scores), group_size):
+        group = scores[start : start + group_size]
         values = [score.value for score in group if score.value is not None]
         if len(values) == group_size > 1:
             metrics.add("reward/group_std", total=torch.tensor(values).std().item(), count=1)
             metrics.add("reward/groups_with_signal", total=has_signal(group), count=1)
+
+
+def describe_advantages(experience: Experience, metrics: Metrics) -> None:
     trained = [a for a, t in zip(experience.advantages, experience.trained, strict=True) if t]
     flat = torch.cat([torch.zeros(0), *trained])
     metrics.add("advantage/magnitude", total=flat.abs().sum().item(), count=len(flat))

@@ -9,7 +9,7 @@ from pathlib import Path
 MEANING = {
     "step": "optimizer steps taken",
     "batch": "rollout batches trained on",
-    "reward/total": "mean reward of a completion: weighted sum of the components",
+    "reward/total": "mean reward of a completion: weighted sum of the components; of everything sampled, replaced groups included",
     "reward/correctness": "share of judged completions with the right answer",
     "reward/group_std": "mean standard deviation of the rewards of a group",
     "reward/groups_with_signal": "share of groups whose rewards are not all equal; the others have no gradient",

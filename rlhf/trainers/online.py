@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from rlhf.checkpoint import load_newest, save_checkpoint
 from rlhf.config import Online
 from rlhf.distributed import gather
-from rlhf.experience import Experience, Ranks, describe, estimate, has_signal
+from rlhf.experience import Experience, Ranks, describe, describe_advantages, estimate, has_signal
 from rlhf.guards import require_fresh, require_judged, require_one_policy
 from rlhf.lora import save_model
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
@@ -172,7 +172,11 @@ class OnlineTrainer:
     # -------------------------------------------------------------------------------------------------------- rollouts and scores
 
     def collect(self, batch: int, metrics: Metrics, seconds: dict[str, float]) -> tuple[list[Rollout], list[Score]]:
-        """This rank's share of a rollout batch with its scores; groups without signal are replaced `refill_rounds` times."""
+        """This rank's share of a rollout batch with its scores; groups without signal are replaced `refill_rounds` times.
+
+        Raises:
+            RuntimeError: when too many completions could not be judged, those of replaced groups included.
+        """
         rollout = self.config.rollout
         rollouts, scores = self._sample_and_score(self._take(self._share), batch, 0, metrics, seconds)
         size = rollout.samples_per_prompt
@@ -189,6 +193,8 @@ class OnlineTrainer:
                     metrics.add("rollout/refilled", total=1, count=0)
         metrics.add("rollout/refilled", total=0, count=len(scores) // size)
         metrics.add("rollout/tokens", total=0, count=1)
+        share = self._means(metrics)["rollout/undecided"]
+        require_judged(share, self.config.guards.max_undecided_share, scores)
         return rollouts, scores
 
     @property
@@ -215,7 +221,9 @@ class OnlineTrainer:
         metrics.add("rollout/tokens_per_second", total=tokens, count=time.perf_counter() - started)
         metrics.add("rollout/tokens", total=tokens, count=0)
         with _timed(seconds, "reward"):
-            return rollouts, self.reward_fn(rollouts)
+            scores = self.reward_fn(rollouts)
+        describe(rollouts, scores, metrics, group_size=self.config.rollout.samples_per_prompt)
+        return rollouts, scores
 
     def sample(self, prompts: Sequence[Prompt], batch: int, attempt: int = 0) -> list[Rollout]:
         """Completions of prompts by the current policy."""
@@ -231,11 +239,7 @@ class OnlineTrainer:
         return rollouts
 
     def judge(self, rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metrics) -> Experience:
-        """Advantages from scores, and from the reference and the critic where the recipe has them.
-
-        Raises:
-            RuntimeError: when too many completions could not be judged.
-        """
+        """Advantages from scores, and from the reference and the critic where the recipe has them."""
         kl = values = None
         if self.updater.reference is not None and self.config.algorithm.kl_in == "reward":
             kl = self.updater.kl_to_reference(rollouts)
@@ -247,12 +251,10 @@ class OnlineTrainer:
         experience = estimate(
             rollouts, scores, self.config, ranks=ranks, kl=kl, kl_coefficient=coefficient, values=values
         )
-        describe(experience, metrics, group_size=self.config.rollout.samples_per_prompt)
-        means = self._means(metrics)
-        require_judged(means["rollout/undecided"], self.config.guards.max_undecided_share, scores)
+        describe_advantages(experience, metrics)
         if kl is not None:
             count = len(rollouts) * self.accelerator.num_processes
-            self.updater.adapt_kl(means["policy/kl_reference"], num_completions=count)
+            self.updater.adapt_kl(self._means(metrics)["policy/kl_reference"], num_completions=count)
         return experience
 
     def _means(self, metrics: Metrics) -> dict[str, float]:

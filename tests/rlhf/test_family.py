@@ -258,6 +258,27 @@ def test_groups_without_signal_are_refilled_from_the_stream_until_the_budget_end
     )  # what was thrown away counts
 
 
+def test_refills_hide_no_failing_grader_and_no_reward_that_was_sampled(make_trainer):
+    decided, undecided = [1.0, 0.0, 0.0], [None, 1.0, 0.0]
+    queue = [value for group in [decided, undecided, undecided, decided, decided, decided] for value in group]
+
+    def reward(rollouts):
+        values = [queue.pop(0) for _ in rollouts]
+        return [Score(verdict="undecided" if v is None else "wrong", value=v, reason="time-out") for v in values]
+
+    trainer = make_trainer("rollout.refill_rounds=1", "guards.max_undecided_share=0.12", reward_fn=reward)
+    _, values, metrics = collect(trainer)
+    assert None not in values  # both groups were mended
+    assert metrics["rollout/undecided"] == (2, 18)
+    assert metrics["reward/total"] == (6, 16)
+    queue = [value for group in [decided, undecided, undecided, decided, decided, decided] for value in group]
+    strict = make_trainer(
+        "rollout.refill_rounds=1", "guards.max_undecided_share=0.1", reward_fn=reward, folder="strict"
+    )
+    with pytest.raises(RuntimeError, match="11% of the completions could not be judged"):
+        collect(strict)
+
+
 def test_nothing_is_sampled_again_when_every_group_has_signal(make_trainer):
     trainer = make_trainer("rollout.refill_rounds=5", reward_fn=answers_in_turn([[1.0, 0.0, 0.0]] * 4))
     assert collect(trainer)[2]["rollout/refilled"] == (0, 4)
