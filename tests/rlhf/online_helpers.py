@@ -61,7 +61,7 @@ def experience(trainer, values=None):
     return trainer.judge(rollouts, scores, Metrics())
 
 
-def expected_gradient(trainer, exp, *, aggregation="token", kl_coefficient=0.0):
+def expected_gradient(trainer, exp, *, aggregation="token", kl_coefficient=0.0, kl_weighted=False):
     """The same loss by a loop over unpadded sequences, one after the other."""
     model = trainer.unwrapped
     model.zero_grad()
@@ -83,7 +83,8 @@ def expected_gradient(trainer, exp, *, aggregation="token", kl_coefficient=0.0):
                     targets,
                     temperature=1.0,
                 )
-            per_token = per_token + kl_coefficient * k3(logp, reference)
+            weight = torch.exp(logp - logp.detach()) if kl_weighted else 1.0
+            per_token = per_token + kl_coefficient * weight * k3(logp, reference)
         weight = 1 / sum(lengths) if aggregation == "token" else 1 / (len(rollout.token_ids) * len(lengths))
         (per_token.sum() * weight).backward()
     gradient = {n: p.grad.clone() for n, p in model.named_parameters()}

@@ -26,13 +26,16 @@ def test_the_gradient_is_that_of_a_plain_loop_over_sequences(make_trainer, captu
     assert_same(captured[0], expected_gradient(trainer, exp, aggregation=aggregation))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 def test_the_kl_penalty_has_the_gradient_of_its_estimator_and_reaches_groups_without_signal(
-    make_trainer, captured, model_folder
+    make_trainer, captured, model_folder, weighted
 ):
-    trainer = make_trainer("algorithm.kl_coefficient=0.3", f"reference={{path: {model_folder}}}")
+    trainer = make_trainer(
+        "algorithm.kl_coefficient=0.3", f"algorithm.kl_weighted={weighted}", f"reference={{path: {model_folder}}}"
+    )
     exp = experience(trainer, [1.0] * G + [0.0, 1.0, 0.0] * 3)
     trainer.updater.update(exp, Metrics())
-    assert_same(captured[0], expected_gradient(trainer, exp, kl_coefficient=0.3))
+    assert_same(captured[0], expected_gradient(trainer, exp, kl_coefficient=0.3, kl_weighted=weighted))
 
 
 @pytest.mark.parametrize("budget", [120, 250, 10_000])

@@ -124,6 +124,18 @@ def test_the_first_batches_of_a_warm_up_move_the_critic_and_nothing_of_the_polic
     assert any(not torch.equal(a, b) for a, b in zip(policy, trainer.unwrapped.parameters(), strict=True))
 
 
+def test_a_value_that_left_its_place_at_sampling_is_held_there_by_the_clip(make_trainer):
+    heads = []
+    for clip in ("1.0e-6", "null"):
+        trainer = make_trainer(
+            f"critic.value_clip={clip}", "training.passes_per_batch=2", recipe=ppo, folder=f"clip-{clip}"
+        )
+        give_values(trainer)
+        trainer.updater.update(experience(trainer), Metrics())
+        heads.append(trainer.updater.critic.unwrapped.model.score.weight.clone())
+    assert (heads[0] - heads[1]).abs().max() > 1e-5  # the second pass has fewer tokens that pull
+
+
 def test_policy_and_critic_have_learning_rates_of_their_own(make_trainer):
     trainer = make_trainer("optimizer.learning_rate=0.01", "critic.optimizer.learning_rate=0.03", recipe=ppo)
     rates = {name: learner.optimizer.param_groups[0]["lr"] for name, learner in trainer.updater.learners.items()}
