@@ -212,7 +212,7 @@ def test_only_the_tokens_of_highest_entropy_have_a_gradient_whatever_the_cut(mak
 def test_the_entropy_bonus_is_paid_only_at_or_below_its_target_and_grows_there(make_trainer):
     low = make_trainer("algorithm.entropy_target=100", "algorithm.entropy_step=0.25", folder="low")
     assert low.updater._entropy_bonus() == 0  # nothing measured yet
-    low.updater.update(experience(low), Metrics())
+    low.updater.update(experience(low, [1.0] * 4 * G), Metrics())  # groups without signal are measured too
     assert (low.updater.entropy_coefficient, low.updater._entropy_bonus()) == (0.25, 0.25)
     high = make_trainer(
         "algorithm.entropy_target=0", "algorithm.entropy_coefficient=0.3", "algorithm.entropy_step=0.25", folder="high"
