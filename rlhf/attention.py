@@ -7,17 +7,20 @@ and gradients are those of separate sequences, while the prompt is computed once
     row      | prompt a | a1 ... | a2 ... | prompt b | b1 ... | b2 ... |
     position   0..p-1     p..      p..      0..q-1     q..      q..
 
-Two implementations: on a CPU the flash kernel of torch over blocks (`_SharedPrefixOnCPU`), elsewhere, and as the reference that tests hold
-the first against, one masked call (`dense`).
+Three implementations: on a CPU the flash kernel of torch over blocks (`_SharedPrefixOnCPU`), on CUDA FlexAttention (`flex`), elsewhere, and
+as the reference that tests hold the others against, one masked call (`dense`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "shared_prefix"
@@ -36,10 +39,13 @@ class Group:
 Layout = tuple[Group, ...]
 
 
-def dense_mask(layout: Layout, length: int, device: torch.device) -> Tensor:
-    """[T, T] True where the row's position may attend to the column's."""
-    group = torch.full((length,), -1, device=device)
-    completion = torch.full((length,), -1, device=device)
+Visible = Callable[[Tensor, Tensor], Tensor]
+
+
+def visibility(layout: Layout, length: int, device: torch.device) -> Visible:
+    """Whether the query at one place of the row may attend to the key at another, for tensors of places."""
+    group = torch.full((length,), -1)
+    completion = torch.full((length,), -1)
     number = 0
     for g, members in enumerate(layout):
         group[members.prompt[0] : members.prompt[1]] = g
@@ -47,10 +53,40 @@ def dense_mask(layout: Layout, length: int, device: torch.device) -> Tensor:
             group[start:end] = g
             completion[start:end] = number
             number += 1
-    order = torch.arange(length, device=device)
-    same_group = group.unsqueeze(1) == group.unsqueeze(0)
-    visible = (completion.unsqueeze(0) == -1) | (completion.unsqueeze(1) == completion.unsqueeze(0))
-    return same_group & visible & (order.unsqueeze(1) >= order.unsqueeze(0))
+    group, completion = group.to(device), completion.to(device)
+
+    def visible(query: Tensor, key: Tensor) -> Tensor:
+        own = (completion[key] == -1) | (completion[query] == completion[key])
+        return (group[query] == group[key]) & own & (query >= key)
+
+    return visible
+
+
+def dense_mask(layout: Layout, length: int, device: torch.device) -> Tensor:
+    """[T, T] True where the row's position may attend to the column's."""
+    places = torch.arange(length, device=device)
+    return visibility(layout, length, device)(places.unsqueeze(1), places.unsqueeze(0))
+
+
+@lru_cache(maxsize=2)
+def block_mask(layout: Layout, length: int, device: torch.device) -> BlockMask:
+    """Which blocks of the row FlexAttention computes; made once for all layers, and their backward passes, of a micro-batch."""
+    visible = visibility(layout, length, device)
+    create = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    return create(lambda b, h, query, key: visible(query, key), None, None, length, length, device=device)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """[1, H, T, D] x 3 -> [1, H, T, D] by FlexAttention, which skips blocks that nobody sees. It has no backward pass on CPUs."""
+    attend = _compiled(flex_attention) if query.device.type == "cuda" else flex_attention
+    mask = block_mask(layout, query.shape[2], query.device)
+    grouped = query.shape[1] != key.shape[1]
+    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -89,8 +125,8 @@ class _SharedPrefixOnCPU(torch.autograd.Function):
                 s, local = slice(start, end), slice(start - c.start, end - c.start)
                 own[:, local], own_normaliser[:, local] = _causal(query[:, s], key[:, s], value[:, s], scale)
             merged = torch.logaddexp(prompt_normaliser, own_normaliser)
-            output[:, c] = to_prompt * (prompt_normaliser - merged).exp().unsqueeze(-1).to(query.dtype)
-            output[:, c] += own * (own_normaliser - merged).exp().unsqueeze(-1).to(query.dtype)
+            share = (prompt_normaliser - merged).exp().unsqueeze(-1)
+            output[:, c] = torch.lerp(own.float(), to_prompt.float(), share)  # rounded once, also in bfloat16
             normaliser[:, c] = merged
         ctx.save_for_backward(query, key, value, output, normaliser)
         ctx.layout, ctx.scale = layout, scale
@@ -184,7 +220,7 @@ def shared_prefix_attention(
     elif query.device.type == "cpu":
         output = _SharedPrefixOnCPU.apply(query[0], key[0], value[0], layout, scale)[None]  # type: ignore[index]
     else:
-        output = dense(query, key, value, layout, scale)
+        output = (flex if query.device.type == "cuda" else dense)(query, key, value, layout, scale)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -192,8 +228,12 @@ AttentionInterface.register(NAME, shared_prefix_attention)
 AttentionMaskInterface.register(NAME, lambda **_: None)
 
 
+PLAIN = ("llama", "mistral", "mixtral", "olmo", "olmo2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+"""Model types whose attention, apart from what their configuration can add, was compared with that of separate sequences."""
+
+
 def can_share_prefix(config: Any) -> str | None:
-    """None when a model's attention is plain causal attention, else what is not."""
+    """None when a model's attention is known to be plain causal attention, else what it is or may be."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         return f"layers of type {', '.join(sorted(kinds - {'full_attention'}))}"
@@ -201,4 +241,6 @@ def can_share_prefix(config: Any) -> str | None:
         return "a sliding window"
     if getattr(config, "attention_dropout", 0.0):
         return "attention dropout"
+    if config.model_type not in PLAIN:
+        return f"the type {config.model_type}, whose attention is not known to be plain (known: {', '.join(PLAIN)})"
     return None
