@@ -1,0 +1,1 @@
+"""What `scripts/benchmark.py` measures with; not part of the product."""
