@@ -1,12 +1,14 @@
 """What members of the family add to the loop: rewards of steps, KL in the reward, entropy, refilled groups, adapters, checkpointing."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from online_helpers import RECIPE, G, assert_same, config, count_of_a_token, expected_gradient, experience, sample
 from torch.testing import assert_close
 
+import rlhf.trainers.online as online
 import rlhf.updater as updater
 from rlhf.advantages import group_relative
 from rlhf.experience import Ranks, estimate, has_signal
@@ -132,19 +134,17 @@ def test_kl_in_the_reward_leaves_the_loss_alone(make_trainer, captured):
 
 
 def test_an_adaptive_coefficient_rises_while_the_policy_is_further_from_the_reference_than_the_target(make_trainer):
-    for place in ("loss", "reward"):
+    # in the loss it is adapted after each of two steps of 6 completions, in the reward once for all 12
+    for place, times, completions in (("loss", 2, 6), ("reward", 1, 12)):
         options = (
-            WITH_REFERENCE,
-            "algorithm.kl_coefficient=0.3",
-            f"algorithm.kl_in={place}",
-            "algorithm.kl_horizon=120",
-        )
-        far = make_trainer(*options, "algorithm.kl_target=1e-9", folder=f"far-{place}")
-        far.updater.update(experience(far), Metrics())
-        assert far.updater.kl_coefficient == pytest.approx(0.3 * (1 + 0.2 * 12 / 120))  # 12 completions
-        near = make_trainer(*options, "algorithm.kl_target=9", folder=f"near-{place}")
-        near.updater.update(experience(near), Metrics())
-        assert near.updater.kl_coefficient == pytest.approx(0.3 * (1 - 0.2 * 12 / 120))
+            WITH_REFERENCE, "algorithm.kl_coefficient=0.3", f"algorithm.kl_in={place}", "algorithm.kl_horizon=120",
+            "training.minibatches_per_batch=2",
+        )  # fmt: skip
+        for target, sign in ((1e-9, 1), (9, -1)):
+            trainer = make_trainer(*options, f"algorithm.kl_target={target}", folder=f"{place}-{target}")
+            trainer.updater.update(experience(trainer), Metrics())
+            expected = 0.3 * (1 + sign * 0.2 * completions / 120) ** times
+            assert trainer.updater.kl_coefficient == pytest.approx(expected)
 
 
 def test_a_moving_average_follows_the_policy_when_it_is_due(make_trainer):
@@ -222,6 +222,23 @@ def test_the_entropy_bonus_is_paid_only_at_or_below_its_target_and_grows_there(m
     assert high.updater._entropy_bonus() == 0
 
 
+def test_vespo_weighs_by_the_ratio_to_the_sampler_itself_where_the_sampler_is_corrected(make_trainer, captured):
+    """An engine whose log-probabilities are half a nat off in one token: phi(w) of w = e^-0.5 at that sequence."""
+    for name, options in (("plain", ()), ("corrected", ("algorithm.sampler_correction=truncate",))):
+        trainer = make_trainer(
+            "algorithm.loss=vespo", "algorithm.aggregation=sequence_sum", "rollout.prompts_per_batch=1",
+            "guards.max_kl_sampler=9", *options, folder=name,
+        )  # fmt: skip
+        exp = experience(trainer, [1.0, 1.0, 0.0])
+        exp.advantages[1].zero_()
+        exp.advantages[2].zero_()
+        first = exp.rollouts[0]
+        exp.rollouts[0] = dataclasses.replace(first, logprobs=(first.logprobs[0] + 0.5, *first.logprobs[1:]))
+        trainer.updater.update(exp, Metrics())
+    phi = math.exp(2 * -0.5 + 3 * (1 - math.exp(-0.5)))
+    assert_same(captured[1], {name: gradient * phi for name, gradient in captured[0].items()})
+
+
 # ------------------------------------------------------------------------------------------------------------ dynamic sampling
 
 
@@ -277,6 +294,16 @@ def test_refills_hide_no_failing_grader_and_no_reward_that_was_sampled(make_trai
     )
     with pytest.raises(RuntimeError, match="11% of the completions could not be judged"):
         collect(strict)
+
+
+def test_ranks_take_prompts_of_their_own_from_one_stream(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    first = [p.id for p in trainer._take(4)]
+    monkeypatch.setattr(online, "gather", lambda _, counts: [3, *counts])
+    monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda _: 1))
+    trainer.prompts_used = 0
+    assert [p.id for p in trainer._take(1)] == first[3:]  # the other rank took the first three
+    assert trainer.prompts_used == 4
 
 
 def test_nothing_is_sampled_again_when_every_group_has_signal(make_trainer):
