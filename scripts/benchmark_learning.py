@@ -18,12 +18,12 @@ from typing import Any
 
 import train_grpo
 import yaml
-from benchmarks.learning import Clock, draw_learning, learning_table, load_results, race_table
+from benchmarks.learning import Clock, draw_learning, learning_table, load_results, race_table, write_results
 from benchmarks.learning_trl import train_with_trl
 
 from rlhf.config import GRPO, PPO, load_config
 from rlhf.evaluation_files import compare_evaluations, read_evaluated
-from rlhf.run import die_with_parent, faults_as_sentences, git_revision, run_stage, say, write_json
+from rlhf.run import die_with_parent, faults_as_sentences, git_revision, run_stage, say
 from rlhf.trainers.online import OnlineTrainer
 from rlhf.types import RewardFn
 
@@ -152,11 +152,17 @@ def record(file: Path, algorithm: str, seed: int) -> None:
     results = {
         "before": before.card["scores"]["pass_at_1"],
         "hardware": before.card["hardware"],
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "runs": sorted([*others, row], key=lambda run: (run["algorithm"], run["seed"])),
+        "runs": sorted([*others, row], key=place),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, results)
+    write_results(file, results)
+
+
+def place(run: dict[str, Any]) -> tuple[int, str, int]:
+    """Algorithms in the order of `RECIPES`, variants after them, TRL last."""
+    algorithm = run["algorithm"]
+    order = list(RECIPES)
+    known = order.index(algorithm) if algorithm in order else len(order) + (algorithm == "trl")
+    return known, algorithm, run["seed"]
 
 
 def report(file: Path, picture: Path | None) -> None:

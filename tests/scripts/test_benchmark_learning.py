@@ -15,10 +15,12 @@ from benchmarks.learning import (  # noqa: E402
     cpu_seconds,
     is_spent,
     learning_table,
+    load_results,
     mean_curve,
     race_table,
     reached,
     time_to,
+    write_results,
 )
 from benchmarks.learning_trl import TRLReward, trl_settings  # noqa: E402
 
@@ -164,6 +166,7 @@ def test_the_tables_show_each_run_and_the_ratio_of_each_seed():
         "| grpo | 0 | 0.550 [0.540, 0.560] | 0.950 [0.940, 0.960] | +0.400 [+0.390, +0.410] | 1,234 | 8 | 0.3 |"
         in learning_table(results)
     )
+    assert "grpo: 2 seeds, mean difference +0.400, lowest end of an interval +0.390" in learning_table(results)
     table = race_table(results)
     assert "| 0 | ours | 3 | 300 | 12.0 | 24.0 | 16.0 | 0.950 [0.940, 0.960] |" in table
     assert "| 1 | TRL | never | - | - | - | 40.0 |" in table
@@ -174,3 +177,10 @@ def test_the_tables_show_each_run_and_the_ratio_of_each_seed():
 def test_the_mean_curve_ends_where_the_shortest_run_does():
     xs, ys = mean_curve([[{"x": 1, "y": 0.2}, {"x": 2, "y": 0.4}], [{"x": 3, "y": 0.6}]], "x", "y")
     assert (xs, ys) == ([2], [0.4])
+
+
+def test_results_are_kept_one_run_a_line(tmp_path):
+    results = {"before": estimate(0.5), "runs": [{"cpu": 1.23456789, "seed": 0}, {"cpu": 2.0, "seed": 1}]}
+    write_results(tmp_path / "results.json", results)
+    assert len((tmp_path / "results.json").read_text().splitlines()) == 4
+    assert load_results(tmp_path / "results.json")["runs"] == [{"cpu": 1.23457, "seed": 0}, {"cpu": 2.0, "seed": 1}]
