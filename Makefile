@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick lint fuzz install clean-demo
+.PHONY: demo test quick lint fuzz mutation install clean-demo
 
 demo: install  ## Teach a small model to reason, start to finish, in about ten minutes
 	$(BIN)/python scripts/run_pipeline.py --config recipes/tiny/pipeline.yaml
@@ -27,6 +27,10 @@ lint: install
 fuzz: install  ## Ten minutes of coverage-guided fuzzing of the grader
 	$(BIN)/pip install --no-deps atheris==3.0.0
 	cd /tmp && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/fuzz_grading.py -max_total_time=$(or $(SECONDS),600) -dict=$(CURDIR)/tests/fuzz/words.dict -max_len=4096
+
+mutation: install  ## Which small faults, put into the mathematics one at a time, no test notices; ten minutes on one core
+	$(BIN)/mutmut run --max-children $(or $(JOBS),1)
+	$(BIN)/mutmut results
 
 clean-demo:  ## Forget the demo's outputs
 	rm -rf outputs/demo
