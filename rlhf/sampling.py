@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.types import FinishReason, Prompt
 
 
@@ -166,9 +166,7 @@ def _append(file: Path, rows: Sequence[Sampled]) -> None:
         os.fsync(out.fileno())
 
 
-def from_engine(
-    engine: RolloutEngine, *, samples_per_prompt: int, temperature: float, top_p: float, max_new_tokens: int
-) -> Generate:
+def from_engine(engine: RolloutEngine, sampling: Sampling) -> Generate:
     """A rollout engine as a source of samples."""
 
     def generate(questions: Sequence[Question], seed: int) -> list[list[Completion]]:
@@ -176,14 +174,7 @@ def from_engine(
         for question in questions:
             assert question.token_ids is not None, "an engine of ours takes token ids"
             prompts.append(Prompt(id=question.id, token_ids=question.token_ids, question=question.text, reference=""))
-        rollouts = engine.generate(
-            prompts,
-            samples_per_prompt=samples_per_prompt,
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-        )
+        rollouts = engine.generate(prompts, sampling, seed=seed)
         completions = [
             Completion(
                 text=rollout.text,
@@ -193,6 +184,7 @@ def from_engine(
             )
             for rollout in rollouts
         ]
-        return [completions[i : i + samples_per_prompt] for i in range(0, len(completions), samples_per_prompt)]
+        per_prompt = sampling.samples_per_prompt
+        return [completions[i : i + per_prompt] for i in range(0, len(completions), per_prompt)]
 
     return generate

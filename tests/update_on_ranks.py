@@ -85,7 +85,7 @@ def take_steps(recipe, model, *overrides):
     updater = Updater(config, accelerator, policy=policy, critic=critic, pad_token_id=0)
     for name, learner in updater.learners.items():
         bound = (config.optimizer if name == "policy" else config.critic.optimizer).max_grad_norm
-        engine_bound = getattr(learner.module, "gradient_clipping", lambda: bound)()
+        engine_bound = learner.module.gradient_clipping() if hasattr(learner.module, "gradient_clipping") else bound
         assert engine_bound == bound, f"{name} is clipped at {engine_bound} and not at {bound}"
     rollouts, scores = stored_rollouts()
     share = len(rollouts) // accelerator.num_processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol
 
 from rlhf.config import Lora, PolicyLora
@@ -19,6 +20,22 @@ logger = logging.getLogger(__name__)
 Decode = Callable[[Sequence[int]], str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions of a prompt are drawn."""
+
+    samples_per_prompt: int
+    temperature: float
+    """0 is greedy decoding; it and `top_p` below 1 are for evaluation only, where no importance ratio is formed."""
+    top_p: float = 1.0
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig) -> Sampling:
+        """What a recipe's rollout block says."""
+        return cls(**rollout.model_dump(include={field.name for field in fields(cls)}))
+
+
 class RolloutEngine(Protocol):
     """Samples completions from a copy of the policy that it holds itself."""
 
@@ -28,20 +45,10 @@ class RolloutEngine(Protocol):
     lora: Lora | None
     """The adapter it applies to weights that stay as they are, or None: then all weights are replaced."""
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples_per_prompt: int,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        top_p: float = 1.0,
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
         """`samples_per_prompt` completions of each prompt, those of one prompt next to each other.
 
-        The same weights, arguments and seed give the same completions. Temperature 0 is greedy decoding; it and `top_p` below 1 are
-        for evaluation only, where no importance ratio is formed with the log-probabilities.
+        The same weights, arguments and seed give the same completions.
         """
         ...
 

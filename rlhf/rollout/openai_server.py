@@ -17,7 +17,7 @@ import httpx2
 
 from rlhf.config import Server
 from rlhf.report import printable
-from rlhf.rollout.engine import Decode
+from rlhf.rollout.engine import Decode, Sampling
 from rlhf.sampling import Completion, Question, confidence
 
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -37,19 +37,20 @@ class OpenAIServer:
     def __init__(
         self,
         server: Server,
+        sampling: Sampling,
         *,
-        samples_per_prompt: int,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
         system_prompt: str | None,
         prompt_text: Callable[[str], str] | None,
         decode: Decode | None,
         stop_token_id: int | None,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._server, self._samples, self._wait = server, samples_per_prompt, wait
-        self._sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens}
+        self._server, self._samples, self._wait = server, sampling.samples_per_prompt, wait
+        self._sampling = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+        }
         self._system_prompt, self._prompt_text, self._decode = system_prompt, prompt_text, decode
         self._stop_token_id = stop_token_id
         key = os.environ.get(server.key_variable) if server.key_variable else None

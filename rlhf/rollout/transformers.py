@@ -14,7 +14,7 @@ from rlhf.config import Rollout as RolloutConfig
 from rlhf.logprobs import token_logprobs
 from rlhf.lora import add_lora, load_adapter
 from rlhf.models import load_causal_lm
-from rlhf.rollout.engine import Decode
+from rlhf.rollout.engine import Decode, Sampling
 from rlhf.types import Prompt, Rollout
 
 MAX_SEQUENCES = 256
@@ -44,31 +44,19 @@ class TransformersEngine:
         self._stop_token_id, self._decode = stop_token_id, decode
         self.policy_version = 0
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples_per_prompt: int,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        top_p: float = 1.0,
-    ) -> list[Rollout]:
-        repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
+        repeated = [prompt for prompt in prompts for _ in range(sampling.samples_per_prompt)]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return [
                 rollout
                 for start in range(0, len(repeated), MAX_SEQUENCES)
-                for rollout in self._generate(
-                    repeated[start : start + MAX_SEQUENCES], temperature, top_p, max_new_tokens
-                )
+                for rollout in self._generate(repeated[start : start + MAX_SEQUENCES], sampling)
             ]
 
     @torch.no_grad()
-    def _generate(
-        self, prompts: Sequence[Prompt], temperature: float, top_p: float, max_new_tokens: int
-    ) -> list[Rollout]:
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        temperature = sampling.temperature or 1.0
         width = max(len(prompt.token_ids) for prompt in prompts)
         input_ids = torch.full((len(prompts), width), self._stop_token_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -76,11 +64,11 @@ class TransformersEngine:
             input_ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             attention_mask[row, width - len(prompt.token_ids) :] = 1
         generation = GenerationConfig(
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
+            do_sample=sampling.temperature > 0,
+            temperature=temperature,
             top_k=0,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
             eos_token_id=self._stop_token_id,
             pad_token_id=self._stop_token_id,
             return_dict_in_generate=True,
@@ -92,10 +80,7 @@ class TransformersEngine:
         )
         sampled = output.sequences[:, width:]
         logprobs = torch.stack(
-            [
-                token_logprobs(logits, sampled[:, t], temperature=temperature or 1.0)
-                for t, logits in enumerate(output.logits)
-            ],
+            [token_logprobs(logits, sampled[:, t], temperature=temperature) for t, logits in enumerate(output.logits)],
             1,
         )
         rollouts = []

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf.config import Lora
 from rlhf.config import Rollout as RolloutConfig
 from rlhf.lora import peft_config, write_adapter
-from rlhf.rollout.engine import Decode
+from rlhf.rollout.engine import Decode, Sampling
 from rlhf.types import FinishReason, Prompt, Rollout
 
 
@@ -71,23 +71,14 @@ class VLLMEngine:
         memory = "/dev/shm"  # noqa: S108 - an adapter is handed over as files, which need not reach a disk
         self._adapter_folder = lora and tempfile.TemporaryDirectory(dir=memory if os.path.isdir(memory) else None)
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples_per_prompt: int,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        top_p: float = 1.0,
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
         from vllm import SamplingParams
 
-        sampling = SamplingParams(
-            n=samples_per_prompt,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_new_tokens,
+        parameters = SamplingParams(
+            n=sampling.samples_per_prompt,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
             logprobs=0,
             stop_token_ids=[self._stop_token_id],
             detokenize=False,
@@ -97,7 +88,7 @@ class VLLMEngine:
             torch.manual_seed(seed)
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(p.token_ids)} for p in prompts],
-                sampling,
+                parameters,
                 use_tqdm=False,
                 lora_request=self._adapter,
             )

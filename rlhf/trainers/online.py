@@ -27,7 +27,7 @@ from rlhf.experience import Experience, Ranks, describe, describe_advantages, es
 from rlhf.guards import require_fresh, require_judged, require_one_policy
 from rlhf.lora import save_model
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
-from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.run import Run, peak_memory_gb, say
 from rlhf.types import Prompt, RewardFn, Rollout, Score
 from rlhf.updater import Updater
@@ -227,14 +227,8 @@ class OnlineTrainer:
 
     def sample(self, prompts: Sequence[Prompt], batch: int, attempt: int = 0) -> list[Rollout]:
         """Completions of prompts by the current policy."""
-        rollout, rank = self.config.rollout, self.accelerator.process_index
-        rollouts = self.engine.generate(
-            prompts,
-            samples_per_prompt=rollout.samples_per_prompt,
-            temperature=rollout.temperature,
-            max_new_tokens=rollout.max_new_tokens,
-            seed=hash((self.config.seed, batch, rank, attempt)) & 0x7FFFFFFF,
-        )
+        seed = hash((self.config.seed, batch, self.accelerator.process_index, attempt)) & 0x7FFFFFFF
+        rollouts = self.engine.generate(prompts, Sampling.of(self.config.rollout), seed=seed)
         require_fresh(rollouts, self.policy_version)
         return rollouts
 

@@ -15,7 +15,7 @@ import pytest
 
 from rlhf.config import Rollout as RolloutConfig
 from rlhf.config import Server
-from rlhf.rollout.engine import build_engine
+from rlhf.rollout.engine import Sampling, build_engine
 from rlhf.rollout.openai_server import OpenAIServer, request_seed
 from rlhf.sampling import Question, from_engine
 
@@ -74,13 +74,12 @@ def local():
 
 
 def client(url, waits=None, **changes):
-    arguments = {
-        "samples_per_prompt": 2, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 16, "system_prompt": None, "prompt_text": None,
-        "decode": None, "stop_token_id": 2,
-    }  # fmt: skip
-    arguments |= {k: changes.pop(k) for k in list(changes) if k in arguments}
+    sampling = {"samples_per_prompt": 2, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 16}
+    arguments = {"system_prompt": None, "prompt_text": None, "decode": None, "stop_token_id": 2}
+    for given in (sampling, arguments):
+        given |= {k: changes.pop(k) for k in list(changes) if k in given}
     wait = (lambda seconds: waits.append(seconds)) if waits is not None else lambda seconds: None
-    return OpenAIServer(Server(url=url, **changes), **arguments, wait=wait)
+    return OpenAIServer(Server(url=url, **changes), Sampling(**sampling), **arguments, wait=wait)
 
 
 def test_a_request_carries_the_tokens_the_sampling_and_a_seed_of_its_own(local):
@@ -244,7 +243,7 @@ def test_vllms_server_decodes_greedily_what_transformers_does_whatever_form_the_
         engine="transformers", samples_per_prompt=1, max_prompt_tokens=80, max_new_tokens=12, dtype="float32"
     )
     engine = build_engine(config, model_folder, stop_token_id=renderer.stop_token_id, decode=renderer.decode)
-    generate = from_engine(engine, samples_per_prompt=1, temperature=0.0, top_p=1.0, max_new_tokens=12)
+    generate = from_engine(engine, Sampling(samples_per_prompt=1, temperature=0.0, max_new_tokens=12))
     expected = [samples[0] for samples in generate(questions, 0)]
     for prompts in ("tokens", "text", "messages"):
         served = [samples[0] for samples in vllm(vllm_url, renderer, prompts=prompts).generate(questions, 0)]

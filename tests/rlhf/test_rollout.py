@@ -8,7 +8,7 @@ from rlhf.config import Rollout as RolloutConfig
 from rlhf.logprobs import token_logprobs
 from rlhf.lora import add_lora
 from rlhf.models import load_causal_lm
-from rlhf.rollout.engine import build_engine, choose_engine, require_prompts_fit
+from rlhf.rollout.engine import Sampling, build_engine, choose_engine, require_prompts_fit
 from rlhf.weight_sync import Probe, WeightSync, send_weights
 
 ENGINES = ("vllm", "transformers")
@@ -68,10 +68,9 @@ def perturb(model, scale, seed=0):
             parameter.add_(torch.randn_like(parameter) * scale)
 
 
-def sample(engine, prompts, **kwargs):
-    return engine.generate(
-        prompts, **{"samples_per_prompt": 3, "temperature": 1.0, "max_new_tokens": 12, "seed": 0, **kwargs}
-    )
+def sample(engine, prompts, *, seed=0, **kwargs):
+    sampling = Sampling(**{"samples_per_prompt": 3, "temperature": 1.0, "max_new_tokens": 12, **kwargs})
+    return engine.generate(prompts, sampling, seed=seed)
 
 
 def trainer_logprobs(policy, rollout, temperature):
