@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import CASES
 
@@ -33,17 +35,61 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--tokens", type=int, default=2048, help="of our micro-batches")
     side = commands.add_parser("side", help="one side in this process, as train-step starts it")
     side.add_argument("spec", type=Path)
-    for command in (step,):
+    rollout = commands.add_parser("rollout", help="sampled tokens per CPU-second of each engine")
+    rollout.add_argument("--engine", action="append", choices=("vllm", "transformers"), help="both when not given")
+    whole = commands.add_parser("step", help="a whole GRPO step and its parts")
+    whole.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
+    whole.add_argument("--against", choices=("trl", "none"), default="none")
+    whole.add_argument("--micro-batch", type=int, default=4, help="sequences of TRL's forward pass in training")
+    for command in (rollout, whole):
+        command.add_argument("--case", choices=CASES, default="gsm8k", help="of which the prompts and lengths are")
+        command.add_argument("--repeats", type=int, default=2)
+        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--scale", type=float, default=1.0, help="of all lengths; below 0.5 with a tiny model")
+    for command in (step, rollout, whole):
         command.add_argument("--json", type=Path, help="where the figures go")
     return main
+
+
+def run_spec(spec: dict[str, Any]) -> None:
+    if "engine" in spec:
+        from benchmarks.whole_step import StepSpec, run_whole
+
+        run_whole(StepSpec(**spec))
+    else:
+        from benchmarks.sides import Spec, run_side
+
+        run_side(Spec(**spec))
+
+
+def whole_step_figures(arguments: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.whole_step import StepSpec, compare_engines, compare_steps
+
+    spec = StepSpec(
+        side="ours",
+        folder="",
+        case=arguments.case,
+        scale=arguments.scale,
+        steps=arguments.repeats,
+        threads=arguments.threads,
+    )
+    if arguments.command == "rollout":
+        return compare_engines(spec, arguments.engine or ("vllm", "transformers"))
+    return compare_steps(
+        replace(spec, engine=arguments.engine, micro_batch=arguments.micro_batch), against=arguments.against
+    )
 
 
 def main() -> int:
     arguments = parser().parse_args()
     if arguments.command == "side":
-        from benchmarks.sides import Spec, run_side
-
-        run_side(Spec(**json.loads(arguments.spec.read_text())))
+        run_spec(json.loads(arguments.spec.read_text()))
+        return 0
+    if arguments.command in ("rollout", "step"):
+        figures = whole_step_figures(arguments)
+        print(json.dumps(figures, indent=2))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
         return 0
     from benchmarks import train_step
 

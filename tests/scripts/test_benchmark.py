@@ -1,0 +1,143 @@
+"""The benchmark counts work as one would by hand, and prints no ratio for work that was not the same."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from benchmarks.cases import (
+    CASES,
+    Group,
+    body_parameters,
+    count_tokens,
+    make_groups,
+    padded_work,
+    useful_work,
+    write_groups,
+)
+from benchmarks.gates import Entry, Record, compare, ledger_hash
+from benchmarks.measuring import measured, ratio_with_interval
+from benchmarks.train_step import Options, run
+
+from rlhf.config import Architecture
+
+MODEL = Architecture(
+    hidden_size=2, intermediate_size=3, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, max_positions=9
+)
+LIVE = Group(prompt=[5, 6, 7], completions=[[8, 1], [9, 9, 1]], rewards=[1.0, 0.0], logprobs=[])
+DEAD = Group(prompt=[5, 6], completions=[[1], [1]], rewards=[1.0, 1.0], logprobs=[])
+
+
+def test_tokens_are_counted_from_the_padded_to_the_trained():
+    tokens = count_tokens([LIVE, DEAD])
+    assert tokens.padded == 4 * (3 + 3)
+    assert tokens.real == (3 + 2) + (3 + 3) + (2 + 1) + (2 + 1)
+    assert tokens.unique == (3 + 2 + 3) + (2 + 1 + 1)
+    assert tokens.trained == 3 + 1 + 2
+    assert tokens.scored == 2 + 3
+
+
+def test_useful_work_is_that_of_groups_with_signal_with_each_prompt_once():
+    assert body_parameters(MODEL) == 2 * (2 + 2 + 2) + 2 * 2 + 3 * 2 * 3  # q, k, v; o; gate, up, down
+    work = useful_work([LIVE, DEAD], MODEL, vocabulary=5)
+    # 6 tokens, of which the prompt's first 2 need only their 2 x 2 x 2 weights of keys and values in the one, last, layer
+    assert work.body == 6 * (34 * 6 - (34 - 8) * 2)
+    # prompt 1 + 2 + 3 pairs of which 1 + 2 are not needed, completions 4 and 4 + 5
+    assert work.attention == 12 * 2 * (19 - 3)
+    assert work.head == 6 * 5 * 2 * 5
+
+
+def test_padded_work_is_that_of_rows_as_long_as_the_longest():
+    plain = padded_work([LIVE], MODEL, 5, checkpointing=False, all_positions=True)
+    assert (plain.body, plain.attention, plain.head) == (6 * 34 * 12, 12 * 2 * 2 * 36, 8 * 5 * 2 * 12)
+    recomputed = padded_work([LIVE], MODEL, 5, checkpointing=True, all_positions=False)
+    assert (recomputed.body, recomputed.attention, recomputed.head) == (8 * 34 * 12, 16 * 2 * 2 * 36, 8 * 5 * 2 * 5)
+
+
+def test_the_share_without_signal_changes_rewards_and_not_lengths():
+    half, none = (make_groups(CASES["gsm8k"], zero_share=share) for share in (0.5, 0.0))
+    assert [g.has_signal for g in none] == [True] * 4
+    assert sum(g.has_signal for g in half) == 2
+    assert [[len(c) for c in g.completions] for g in half] == [[len(c) for c in g.completions] for g in none]
+
+
+def record(gradient, ledger="same"):
+    tensors = {"w": torch.tensor(gradient)}
+    return Record(
+        ledger=ledger, gradients=tensors, deltas={"w": -1e-3 * tensors["w"].sign()}, logprobs={"a": torch.zeros(2)}
+    )
+
+
+def test_gates_pass_what_is_equal_and_name_what_is_not():
+    ours = record([3.0, 4.0])
+    figures, failures = compare(ours, record([3.0, 4.0]), dtype="fp32", reference=None)
+    assert failures == []
+    assert figures["grad_rel_err"] == 0
+    figures, failures = compare(ours, record([3.0, 4.001]), dtype="fp32", reference=None)
+    assert figures["grad_rel_err"] == pytest.approx(0.001 / 5, rel=1e-3)
+    assert [f.split()[0] for f in failures] == ["grad_rel_err", "grad_worst_tensor"]
+    assert compare(ours, record([3.0, 4.0], ledger="other"), dtype="fp32", reference=None)[0] == {}
+
+
+@pytest.mark.parametrize(("ours", "peers", "passes"), [(0.0105, 0.01, True), (0.02, 0.01, False)])
+def test_in_bfloat16_ours_may_be_a_tenth_further_from_float32_than_the_peer(ours, peers, passes):
+    exact = record([1.0, 0.0])
+    failures = compare(record([1.0, ours]), record([1.0, peers]), dtype="bf16", reference=exact)[1]
+    assert (failures == []) == passes
+
+
+@pytest.mark.parametrize(
+    "change", [{"completion": (3, 4)}, {"advantage": 0.5}, {"masked": 2}, {"denominator": 9}, {"prompt": (1,)}]
+)
+def test_the_ledger_sees_every_field_and_no_order(change):
+    entry = Entry((1, 2), (3,), 0.25, 1, 10)
+    other = replace(entry, prompt=(7,))
+    assert ledger_hash([entry, other]) == ledger_hash([other, entry])
+    assert ledger_hash([entry, other]) != ledger_hash([replace(entry, **change), other])
+
+
+def test_the_ratio_is_of_medians_and_its_interval_holds_it():
+    ratio, (low, high) = ratio_with_interval([8.0, 9.0, 10.0], [2.0, 3.0, 4.0])
+    assert ratio == 3.0
+    assert low <= ratio <= high
+    assert (low, high) == (2.0, 5.0)
+
+
+def test_a_peak_that_is_gone_by_the_end_is_measured():
+    with measured() as sample:
+        torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert 60 * 2**20 < sample.peak < 100 * 2**20
+    assert sample.cpu > 0
+
+
+TINY = Options(case="gsm8k", against="trl", repeats=1, scale=0.05, settings=("off:8",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_on_a_tiny_scale_both_sides_do_the_same_work(dtype):
+    figures, failures = run(replace(TINY, dtype=dtype))
+    assert failures == []
+    assert figures["ratio_cpu"] > 1
+    assert 0 < figures["share_of_limit"] < 1
+    assert figures["tokens"]["padded"] > figures["tokens"]["trained"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tampered", ["token", "advantage"])
+def test_no_ratio_when_one_side_got_other_rollouts(tampered, tmp_path):
+    groups = make_groups(CASES["gsm8k"], zero_share=0.5, scale=0.05)
+    groups = [replace(g, logprobs=[[0.0] * len(c) for c in g.completions]) for g in groups]
+    if tampered == "token":
+        groups[0].completions[3][0] += 1
+    else:
+        groups[0].rewards[3] = 1.0 - groups[0].rewards[3]
+    write_groups(groups, tmp_path / "tampered.json")
+    figures, failures = run(TINY, peer_rollouts=tmp_path / "tampered.json")
+    assert len(failures) == 1
+    assert failures[0].startswith("the token ledgers differ")
+    assert not any(key.startswith("ratio") for key in figures)
