@@ -72,7 +72,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         head = _Head(hidden, weight, targets, temperature, chunk)
         probabilities = torch.empty_like(head.logits)
         if expected is not None:
-            head.start_gradients()
+            head.start_gradients(trained=ctx.needs_input_grad[1])
         for rows in head.chunks:
             logp = head.scaled_logits(rows)
             torch.log_softmax(logp, -1, out=logp)
@@ -97,9 +97,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         if known and d_entropies is None and len(hidden):
             factor = _common_factor(d_logprobs, known[0])
             if factor is not None:
-                return known[1] * factor, (known[2] * factor).to(weight.dtype), None, None, None, None
+                d_weight = (known[2] * factor).to(weight.dtype) if ctx.needs_input_grad[1] else None
+                return known[1] * factor, d_weight, None, None, None, None
         head = _Head(hidden, weight, targets, ctx.temperature, ctx.chunk)
-        head.start_gradients()
+        head.start_gradients(trained=ctx.needs_input_grad[1])
         for rows in head.chunks:
             logits = head.scaled_logits(rows)
             if d_entropies is None:
@@ -107,7 +108,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             else:
                 logp = torch.log_softmax(logits, -1)
                 head.add_gradients(rows, torch.exp(logp, out=logits), d_logprobs[rows], logp, d_entropies[rows])
-        return head.d_hidden, head.d_weight.to(weight.dtype), None, None, None, None
+        d_weight = head.d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return head.d_hidden, d_weight, None, None, None, None
 
 
 def _common_factor(actual: Tensor, expected: Tensor) -> Tensor | None:
@@ -136,10 +138,14 @@ class _Head:
             logits.copy_(torch.mm(self.hidden[rows], self.weight.T, out=self._narrow[: len(logits)]))
         return logits if self.temperature == 1 else logits.div_(self.temperature)
 
-    def start_gradients(self) -> None:
+    def start_gradients(self, *, trained: bool) -> None:
+        """`trained` is False for a head that is frozen, as with adapters: its gradient is not formed."""
         self.d_hidden = torch.empty_like(self.hidden)
-        self.d_weight = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.hidden.device)
-        self._product = None if self._narrow is None else torch.empty_like(self.weight)
+        shape = self.weight.shape if trained else (0,)
+        self.d_weight = torch.zeros(shape, dtype=torch.float32, device=self.hidden.device)
+        self._product = (
+            None if self._narrow is None else torch.empty(shape, dtype=self.hidden.dtype, device=self.hidden.device)
+        )
 
     def add_gradients(
         self, rows: slice, p: Tensor, d_logprobs: Tensor, logp: Tensor | None = None, d_entropies: Tensor | None = None
@@ -161,10 +167,11 @@ class _Head:
             d_entropies = d_entropies.unsqueeze(1) / self.temperature
             d_logits = p.mul_(logp.add_(entropy).mul_(d_entropies).add_(d_logprobs).neg_())
         d_logits.scatter_add_(1, self.targets[rows].unsqueeze(1), d_logprobs)
-        if self._narrow is None or self._product is None:
-            self.d_weight.addmm_(d_logits.T, self.hidden[rows])
-        else:
+        if self._narrow is not None:
             d_logits = self._narrow[: len(d_logits)].copy_(d_logits)
-            # Each chunk's product is rounded once; their sum is not.
-            self.d_weight.add_(torch.mm(d_logits.T, self.hidden[rows], out=self._product))
+        if self.d_weight.numel():
+            if self._product is None:
+                self.d_weight.addmm_(d_logits.T, self.hidden[rows])
+            else:  # each chunk's product is rounded once; their sum is not
+                self.d_weight.add_(torch.mm(d_logits.T, self.hidden[rows], out=self._product))
         torch.mm(d_logits, self.weight, out=self.d_hidden[rows])

@@ -70,3 +70,15 @@ def test_a_bfloat16_head_sums_its_gradient_in_float32():
     (token_logprobs(hidden.float() @ exact.T, targets, temperature=1.0) * wanted).sum().backward()
     error = (weight.grad - exact.grad).norm() / exact.grad.norm()
     assert error < 5e-3  # bfloat16 keeps 8 bits of each product
+
+
+@pytest.mark.parametrize("expected", [None, WANTED])
+def test_a_frozen_head_costs_no_gradient_and_leaves_that_of_the_hidden_states_alone(expected):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 4, generator=generator).requires_grad_()
+    weight = torch.randn(11, 4, generator=generator)
+    (
+        chunked_logprobs(hidden, weight, TARGETS, temperature=0.7, expected=expected, chunk=2)[0] * WANTED
+    ).sum().backward()
+    assert weight.grad is None
+    assert_close(hidden.grad, gradients(plain=True)[0], rtol=1e-5, atol=1e-6)
