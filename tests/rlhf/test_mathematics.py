@@ -135,6 +135,14 @@ def test_the_only_sequence_of_a_step_is_all_of_it():
     assert_close(token_weights(torch.tensor([0, 4]), "sequence"), torch.tensor([0.0, 0.25]))
 
 
+def test_logprobs_and_entropy_of_rows_of_tokens_are_those_of_the_last_dimension():
+    logits = torch.tensor([[[1.0, 3.0], [1.0, 1.0], [4.0, 1.0]]]).log()
+    got = token_logprobs(logits, torch.tensor([[1, 0, 1]]), temperature=1.0).exp()
+    assert_close(got, torch.tensor([[0.75, 0.5, 0.2]]))
+    entropies = [-sum(p * math.log(p) for p in row) for row in ((0.25, 0.75), (0.5, 0.5), (0.8, 0.2))]
+    assert_close(token_entropy(logits, temperature=1.0), torch.tensor([entropies]))
+
+
 def test_token_weights_by_token_and_by_sequence():
     lengths = torch.tensor([1, 3, 0])
     assert_close(token_weights(lengths, "token"), torch.tensor([0.25, 0.25, 0.0]))
@@ -311,6 +319,37 @@ def test_derivatives_known_but_for_any_factor_take_no_second_product(factor, mon
     logprobs, _ = chunked_logprobs(hidden, weight, torch.tensor([0, 4, 2]), temperature=1.0, expected=wanted, chunk=3)
     (logprobs * (wanted * factor)).sum().backward()
     assert len(products) == 1
+
+
+def test_a_loss_of_entropies_alone_has_their_gradient():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 6, generator=generator), torch.randn(5, 6, generator=generator)
+    gradients = []
+    for compute in (
+        lambda h, w: chunked_logprobs(h, w, torch.zeros(7, dtype=torch.long), temperature=0.7, chunk=3)[1],
+        lambda h, w: token_entropy(h @ w.T, temperature=0.7),
+    ):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.device("meta"):  # what is made on the way is made where the inputs are
+            compute(*leaves).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, whole in zip(*gradients, strict=True):
+        assert_close(ours, whole)
+
+
+def test_the_head_computes_in_float32_where_its_inputs_are_whatever_the_defaults_are():
+    hidden, weight = torch.ones(3, 2).requires_grad_(), torch.eye(2).requires_grad_()
+    targets, device = torch.tensor([0, 1, 0]), torch.device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with device:
+            logprobs, entropies = chunked_logprobs(hidden, weight, targets, temperature=1.0, chunk=2)
+            (logprobs.sum() + entropies.sum()).backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(logprobs.detach(), torch.full((3,), -math.log(2)))
+    assert_close(entropies.detach(), torch.full((3,), math.log(2)))
+    assert_close(weight.grad, torch.tensor([[0.5, 0.5], [-0.5, -0.5]]))  # 2 - 3/2 and 1 - 3/2 hidden states of ones
 
 
 def test_no_trained_token_gives_a_gradient_of_zero_and_not_none():
