@@ -169,7 +169,7 @@ def report(file: Path, picture: Path | None) -> None:
     results = load_results(file)
     say(f"{learning_table(results)}\n\n{race_table(results)}")
     if picture is not None:
-        draw_learning(results, picture)
+        draw_learning(results, picture, algorithms=list(RECIPES))
 
 
 def main() -> None:

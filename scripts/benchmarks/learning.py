@@ -191,8 +191,8 @@ def race_table(results: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------------- picture
 
 
-def draw_learning(results: dict[str, Any], picture: Path) -> None:
-    """Accuracy and length over sampled tokens for each algorithm; accuracy over CPU time against TRL. Thin lines are seeds."""
+def draw_learning(results: dict[str, Any], picture: Path, *, algorithms: Sequence[str]) -> None:
+    """Accuracy and length over sampled tokens for these algorithms; accuracy over CPU time against TRL. Thin lines are seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,7 +201,7 @@ def draw_learning(results: dict[str, Any], picture: Path) -> None:
     of: dict[str, list[list[dict[str, float]]]] = {}
     for run in results["runs"]:
         of.setdefault(run["algorithm"], []).append(run["batches"])
-    ours = [name for name in of if name != "trl"]
+    ours = [name for name in algorithms if name in of]
     raced = [name for name in ("grpo", "trl") if name in of]
     panels = (
         ("sampled_tokens", "correctness", ours, "accuracy on training problems", "sampled tokens (thousands)", 1e-3),
@@ -209,7 +209,7 @@ def draw_learning(results: dict[str, Any], picture: Path) -> None:
         ("cpu", "correctness", raced, "the same recipe, ours and TRL's", "CPU seconds, one core", 1.0),
     )
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    color = {name: f"C{i}" for i, name in enumerate(of)}
+    color = {name: f"C{i}" for i, name in enumerate([*algorithms, "trl"])}
     shown = {"trl": "grpo by TRL"}
     for axis, (x, y, names, title, label, scale) in zip(axes, panels, strict=True):
         for name in names:
