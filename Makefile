@@ -28,7 +28,7 @@ fuzz: install  ## Ten minutes of coverage-guided fuzzing of the grader
 	$(BIN)/pip install --no-deps atheris==3.0.0
 	cd /tmp && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/fuzz_grading.py -max_total_time=$(or $(SECONDS),600) -dict=$(CURDIR)/tests/fuzz/words.dict -max_len=4096
 
-mutation: install  ## Which small faults, put into the mathematics one at a time, no test notices; ten minutes on one core
+mutation: install  ## Which small faults, put into the mathematics one at a time, no test notices; a quarter of an hour on one core
 	$(BIN)/mutmut run --max-children $(or $(JOBS),1)
 	$(BIN)/mutmut results
 

@@ -459,7 +459,7 @@ class Algorithm(Section):
     """Mean over all tokens of an optimizer step (DAPO), mean over sequences of each one's mean (GRPO), sum over a constant (Dr. GRPO), or mean
     over sequences of each one's sum (LUSPO, with the loss sequence_clipped)."""
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    """How much entropy, in nats per token, is worth in the loss."""
+    """What a nat of entropy is worth in the loss, each token weighted as in the policy loss."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
     """Weight tokens by how much likelier the trainer finds them than the engine did, bounded (TIS) or dropped beyond the bound (MIS)."""
     sampler_correction_level: Literal["token", "sequence"] = "token"
@@ -646,6 +646,12 @@ class Online(Section):
                 f"training.tokens_per_micro_batch is {self.training.tokens_per_micro_batch}, less than one sequence of "
                 f"rollout.max_prompt_tokens + rollout.max_new_tokens = {self.rollout.max_prompt_tokens + self.rollout.max_new_tokens}; raise it"
             )
+        for reward in self.rewards:
+            if isinstance(reward, RuleReward) and (reward.buffer_tokens or 0) > self.rollout.max_new_tokens:
+                raise ValueError(
+                    f"rewards.overlong.buffer_tokens is {reward.buffer_tokens}, more than rollout.max_new_tokens {self.rollout.max_new_tokens}; "
+                    "every completion would be punished: lower it"
+                )
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards name the same component twice: {', '.join(names)}; merge them into one weight")

@@ -385,6 +385,7 @@ def test_a_resumed_lora_run_equals_the_uninterrupted_one_bit_for_bit(make_traine
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("rewards=[{name: correctness}, {name: overlong, buffer_tokens: 11}]", "buffer_tokens is 11, more than"),
         ("algorithm.kl_target=0.1", "kl_target is 0.1 but kl_coefficient, where it starts, is 0"),
         ("algorithm.kl_weighted=true", "kl_weighted needs a KL term in the loss"),
         ("algorithm={normalise_components: true, scale_by_std: true, kl_in: reward}", "kl_in reward is none of them"),
