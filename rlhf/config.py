@@ -992,6 +992,7 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
     completions = rollout.prompts_per_batch * rollout.samples_per_prompt
     warmup = config.critic.warmup_batches if isinstance(config, PPO) else 0
     moving = training.num_batches - warmup
+    group = rollout.max_prompt_tokens + rollout.samples_per_prompt * rollout.max_new_tokens
     steps_per_batch = training.minibatches_per_batch * training.passes_per_batch
     policy = (
         "on policy"
@@ -1013,7 +1014,16 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
             "completions per optimizer step",
             f"{completions // training.minibatches_per_batch:,} ({completions // training.minibatches_per_batch // num_ranks:,} per rank)",
         ),
-        ("micro-batch", f"at most {training.tokens_per_micro_batch:,} padded tokens per rank"),
+        ("micro-batch", f"at most {training.tokens_per_micro_batch:,} tokens per rank"),
+        (
+            "longest possible group",
+            f"{group:,} tokens, "
+            + (
+                "fits into a micro-batch"
+                if group <= training.tokens_per_micro_batch
+                else "more than a micro-batch: its prompt is computed once for each piece"
+            ),
+        ),
         (
             "rollout batches",
             f"{training.num_batches:,}" + (f", the first {warmup} train the critic alone" if warmup else ""),
