@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument(
         "--setting", action="append", help="checkpointing:micro-batch for trl, such as off:8; repeat to try several"
     )
-    step.add_argument("--tokens", type=int, default=2048, help="of our micro-batches")
+    step.add_argument("--tokens", type=int, help="of our micro-batches")
     side = commands.add_parser("side", help="one side in this process, as train-step starts it")
     side.add_argument("spec", type=Path)
     rollout = commands.add_parser("rollout", help="sampled tokens per CPU-second of each engine")

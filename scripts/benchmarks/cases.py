@@ -39,12 +39,14 @@ class Case:
     longest: int
     sigma: float = 0.6
     """Of the logarithm of the lengths; 0 makes all completions `completion` long."""
+    tokens: int = 2048
+    """Of our micro-batches; a long prompt should not be computed for each piece of its group, so they hold a whole group there."""
 
 
 CASES = {
     "gsm8k": Case(prompts=4, samples=8, prompt=120, completion=150, longest=512),
     "math": Case(prompts=2, samples=16, prompt=150, completion=450, longest=2048, sigma=0.75),
-    "fewshot": Case(prompts=2, samples=8, prompt=2000, prompt_spread=0.05, completion=300, longest=768),
+    "fewshot": Case(prompts=2, samples=8, prompt=2000, prompt_spread=0.05, completion=300, longest=768, tokens=5120),
     "short": Case(prompts=4, samples=8, prompt=32, prompt_spread=0.0, completion=128, longest=129, sigma=0.0),
 }
 

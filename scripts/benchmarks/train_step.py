@@ -50,8 +50,12 @@ class Options:
     warmup: str = "full"
     settings: tuple[str, ...] = TRL_SETTINGS
     """For `trl`; the fastest is the peer."""
-    tokens: int = 2048
-    """Of our micro-batches, or as many as the longest sequence needs."""
+    tokens: int | None = None
+    """Of our micro-batches, at least as many as the longest sequence needs; the case's own when None."""
+
+    @property
+    def budget(self) -> int:
+        return self.tokens or CASES[self.case].tokens
 
     @property
     def tiny(self) -> bool:
@@ -134,7 +138,7 @@ def run(options: Options, *, peer_rollouts: Path | None = None) -> tuple[dict[st
         path = Path(folder) / "rollouts.json"
         base = Spec(
             side="ours", rollouts=str(path), folder="", dtype=options.dtype, threads=options.threads, warmup=options.warmup,
-            tiny=options.tiny, tokens=options.tokens,
+            tiny=options.tiny, tokens=options.budget,
         )  # fmt: skip
         case = CASES[options.case]
         write_groups(make_groups(case, zero_share=options.zero_share, scale=options.scale), path)
@@ -181,7 +185,7 @@ def arithmetic(path: Path, options: Options) -> dict[str, Any]:
             "repeats": options.repeats,
             "scale": options.scale,
             "warmup": options.warmup,
-            "tokens_per_micro_batch": options.tokens,
+            "tokens_per_micro_batch": options.budget,
         },
     }
 
