@@ -92,10 +92,10 @@ def expected_gradient(trainer, exp, *, aggregation="token", kl_coefficient=0.0, 
     return gradient
 
 
-def assert_same(actual, expected):
+def assert_same(actual, expected, *, atol=2e-7):
     assert actual.keys() == expected.keys()
     for name in expected:
-        assert_close(actual[name], expected[name], atol=2e-7, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        assert_close(actual[name], expected[name], atol=atol, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def ppo(*overrides):

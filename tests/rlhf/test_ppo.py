@@ -93,7 +93,7 @@ def test_how_a_step_is_cut_changes_neither_the_policys_gradient_nor_the_critics(
     steps = len(captured) // 2
     assert steps == 4  # two passes, policy and critic each
     for whole, cut in zip(captured[:steps], captured[steps:], strict=True):
-        assert_same(cut, whole)
+        assert_same(cut, whole, atol=1e-6)
         assert any(gradient.abs().max() > 0 for gradient in whole.values())
 
 
@@ -103,7 +103,7 @@ def test_padded_rows_give_the_gradients_of_packed_ones(make_trainer, captured):
         give_values(trainer)
         trainer.updater.update(experience(trainer), Metrics())
     for packed, padded in zip(captured[:2], captured[2:], strict=True):
-        assert_same(padded, packed)
+        assert_same(padded, packed, atol=1e-6)  # whitened advantages make gradients ten times as large
 
 
 def test_the_first_batches_of_a_warm_up_move_the_critic_and_nothing_of_the_policy(make_trainer):
