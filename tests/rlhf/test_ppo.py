@@ -103,7 +103,7 @@ def test_padded_rows_give_the_gradients_of_packed_ones(make_trainer, captured):
         give_values(trainer)
         trainer.updater.update(experience(trainer), Metrics())
     for packed, padded in zip(captured[:2], captured[2:], strict=True):
-        assert_same(padded, packed, atol=1e-6)  # whitened advantages make gradients ten times as large
+        assert_same(padded, packed, atol=1e-6)  # whitening makes advantages larger, and rounding with them
 
 
 def test_the_first_batches_of_a_warm_up_move_the_critic_and_nothing_of_the_policy(make_trainer):
