@@ -118,9 +118,11 @@ TINY = Options(case="gsm8k", against="trl", repeats=1, scale=0.05, settings=("of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_on_a_tiny_scale_both_sides_do_the_same_work(dtype):
-    figures, failures = run(replace(TINY, dtype=dtype))
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("fp32", 0.05), ("bf16", 0.25)]
+)  # rounding in bfloat16 averages out over more tokens
+def test_on_a_tiny_scale_both_sides_do_the_same_work(dtype, scale):
+    figures, failures = run(replace(TINY, dtype=dtype, scale=scale))
     assert failures == []
     assert figures["ratio_cpu"] > 1
     assert 0 < figures["share_of_limit"] < 1
