@@ -148,6 +148,11 @@ def step_advantages(
     steps = [(i, step) for i, score in enumerate(everyone) if decided[i] for step in score.steps]
     if not steps:
         return tuple(torch.zeros(len(r.token_ids)) for r in rollouts)
+    if algorithm.normalise_components:
+        raise ValueError(
+            "algorithm.normalise_components compares components of whole completions and a reward judges steps, which would count twice; "
+            "set it to false"
+        )
     samples = torch.tensor([i for i, _ in steps])
     normalised = normalised_steps(
         torch.tensor([step.value for _, step in steps]),

@@ -74,6 +74,15 @@ def test_rewards_of_steps_add_to_that_of_the_whole_and_leave_other_groups_alone(
     assert_close(torch.stack([a[0] for a in exp.advantages]), torch.tensor([4.0, -2.0, -2.0, 2.0, -1.0, -1.0]))
 
 
+def test_rewards_of_steps_are_not_counted_a_second_time_as_a_component(make_trainer):
+    trainer = make_trainer(
+        "rollout.prompts_per_batch=1", "algorithm.normalise_components=true", "algorithm.scale_by_std=true"
+    )
+    scores = [dataclasses.replace(wrong(0.0, (3, r)), components={"correctness": 0.0}) for r in (1.0, 0.0, 0.0)]
+    with pytest.raises(ValueError, match="a reward judges steps, which would count twice"):
+        estimate(sample(trainer), scores, trainer.config)
+
+
 def test_steps_of_an_undecided_group_count_nowhere(make_trainer):
     trainer = make_trainer(
         "rollout.prompts_per_batch=2", "algorithm.advantage=batch_normalised", "algorithm.scale_by_std=false"
