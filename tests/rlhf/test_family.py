@@ -362,8 +362,9 @@ def test_dropout_is_off_in_a_policy_whose_config_asks_for_it(make_trainer, model
     model = load_causal_lm(model_folder, revision=None, dtype="float32")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
+        layer.dropout = torch.nn.Dropout(0.5)
     updater.ready(model, gradient_checkpointing=True)
-    assert all(layer.self_attn.attention_dropout == 0 for layer in model.model.layers)
+    assert all(layer.self_attn.attention_dropout == layer.dropout.p == 0 for layer in model.model.layers)
 
 
 @pytest.mark.parametrize("sync", ["merged", "adapter"])
