@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,6 +72,17 @@ def require_all_ranks(accelerator: Accelerator) -> None:
             f"{num_ranks()} ranks were launched, but accelerate sees {accelerator.num_processes} of them and calls them "
             f"{accelerator.distributed_type}: gradients would not be shared; check the accelerate configuration against recipes/accelerate/"
         )
+
+
+def leave() -> None:
+    """End a process's part in the ranks; its models must be out of scope. Without it a rank may abort as it exits.
+
+    Gloo's threads let go of the last collective's tensors in their own time; in an interpreter that is shutting down that
+    ends the process with SIGABRT, after all its work is done.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()  # a wrapped model holds the group, and Gloo's threads are joined only with the group's last holder
+        torch.distributed.destroy_process_group()
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:

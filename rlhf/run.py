@@ -229,3 +229,7 @@ def run_stage(config_class: type[C] | tuple[type[C], ...], stage: Callable[[C, R
         except ValueError:
             run.abandon()
             raise
+    if num_ranks() > 1:
+        from rlhf.distributed import leave  # which imports this module, and torch
+
+        leave()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,41 @@ def test_an_odd_number_of_micro_batches_on_one_rank_does_not_dead_lock(model_fol
         "training.tokens_per_micro_batch=216",
     )
     assert [row["step"] for row in rows] == [2, 4]
+
+
+LAST_WORDS = """
+import sys
+
+import torch
+from torch import distributed
+from rlhf.distributed import leave
+
+distributed.init_process_group("gloo")
+sys.setswitchinterval(100)  # seconds: Gloo's thread gets to let go of the tensor only when it is waited for
+tensor = torch.zeros(2_000_000)
+distributed.all_reduce(tensor)
+leave()
+del tensor
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_left_do_not_abort_as_they_exit(tmp_path):
+    """Without `leave` one in three of these pairs ends with SIGABRT: Gloo's thread lets go of the tensor too late."""
+    (tmp_path / "last_words.py").write_text(LAST_WORDS)
+    for _ in range(5):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "WORLD_SIZE": "2",
+        }  # fmt: skip
+        ranks = [
+            subprocess.Popen([sys.executable, tmp_path / "last_words.py"], env={**environment, "RANK": str(rank)})
+            for rank in range(2)
+        ]
+        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
 
 
 @pytest.mark.slow

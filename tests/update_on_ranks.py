@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from rlhf.config import PPO, load_config
 from rlhf.critic import load_critic
-from rlhf.distributed import gather, start
+from rlhf.distributed import gather, leave, start
 from rlhf.experience import Ranks, estimate
 from rlhf.lora import add_lora
 from rlhf.metrics import Metrics
@@ -116,3 +116,4 @@ def main(model, output):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()
