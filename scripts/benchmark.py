@@ -41,7 +41,14 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
     whole.add_argument("--against", choices=("trl", "none"), default="none")
     whole.add_argument("--micro-batch", type=int, default=4, help="sequences of TRL's forward pass in training")
+    whole.add_argument("--zero-share", type=float, default=0.5, help="share of the groups without signal")
     for command in (rollout, whole):
+        command.add_argument(
+            "--lengths",
+            choices=("geometric", "equal"),
+            default="geometric",
+            help="of completions, around the case's mean",
+        )
         command.add_argument("--case", choices=CASES, default="gsm8k", help="of which the prompts and lengths are")
         command.add_argument("--repeats", type=int, default=2)
         command.add_argument("--threads", type=int, default=1)
@@ -69,6 +76,7 @@ def whole_step_figures(arguments: argparse.Namespace) -> dict[str, Any]:
         side="ours",
         folder="",
         case=arguments.case,
+        lengths=arguments.lengths,
         scale=arguments.scale,
         steps=arguments.repeats,
         threads=arguments.threads,
@@ -76,7 +84,8 @@ def whole_step_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command == "rollout":
         return compare_engines(spec, arguments.engine or ("vllm", "transformers"))
     return compare_steps(
-        replace(spec, engine=arguments.engine, micro_batch=arguments.micro_batch), against=arguments.against
+        replace(spec, engine=arguments.engine, micro_batch=arguments.micro_batch, zero_share=arguments.zero_share),
+        against=arguments.against,
     )
 
 

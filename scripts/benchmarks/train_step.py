@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -71,6 +72,8 @@ def run_process(spec: Spec) -> tuple[Outcome, Record]:
         environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
         command = [sys.executable, str(SCRIPT), "side", str(path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == -signal.SIGKILL:
+            raise MemoryError(f"{spec.side} was killed, most likely for its memory")
         if done.returncode:
             raise RuntimeError(f"{spec.side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         if spec.side == "sampler":
@@ -100,7 +103,11 @@ def choose_setting(options: Options, spec: Spec, sequences: int) -> tuple[Spec, 
     for setting in options.settings:
         if int(setting.split(":")[1]) > sequences:
             continue
-        outcome, _ = run_process(replace(with_setting(spec, setting, sequences), steps=1, warmup="short"))
+        try:
+            outcome, _ = run_process(replace(with_setting(spec, setting, sequences), steps=1, warmup="short"))
+        except MemoryError as fault:
+            say(f"trl {setting}: {fault}")
+            continue
         tried[setting] = outcome.samples[0].cpu
         say(f"trl {setting}: {tried[setting]:.2f} CPU-s")
     return with_setting(spec, min(tried, key=lambda s: tried[s]), sequences), tried
@@ -154,6 +161,8 @@ def run(options: Options, *, peer_rollouts: Path | None = None) -> tuple[dict[st
         if options.against != "none":
             side = "packed" if options.against == "packed" else "trl"
             peer = replace(base, side=side, rollouts=str(peer_rollouts or path))
+            if side == "trl":
+                peer = with_setting(peer, options.settings[0], case.prompts * case.samples)
             failures = prove(base, peer, options, figures)
             if failures:
                 return figures, failures

@@ -1,7 +1,8 @@
 """Rollout engines, and a whole GRPO step: sampling, scoring, training and the push of the weights.
 
-The model is random, so nearly every completion reaches `max_new_tokens`: no sequence waits for a longer one, which favours engines that
-sample in fixed batches.
+The model is random but ends its completions: each token is the last with about the same chance, so lengths are geometric around the
+case's mean and cut at its longest. With `equal` it does not, and every completion is as long as the mean: no sequence waits for a longer
+one and none is padded, the worst case for us.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES, EOS, MODEL, PAD, TINY_MODEL, VOCABULARY, make_groups
+from benchmarks.cases import CASES, EOS, FIRST_WORD, MODEL, PAD, TINY_MODEL, VOCABULARY, Group, make_groups
 from benchmarks.measuring import machine
 from benchmarks.sides import Spec, build, ours_config
+
+LEARNING_RATE = 1e-6
+"""So small that the lengths stay as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,10 @@ class StepSpec:
     engine: str = "auto"
     case: str = "gsm8k"
     scale: float = 1.0
+    lengths: str = "geometric"
+    """Of completions; or `equal`."""
+    zero_share: float = 0.5
+    """Of the groups, whose completions all earn the same."""
     steps: int = 2
     threads: int = 1
     micro_batch: int = 4
@@ -42,36 +50,60 @@ class StepSpec:
 
 
 class Clock:
-    """A reward function that is also the mark between steps: both loops score each rollout batch once."""
+    """A mark between steps, set where both loops score a rollout batch."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, float]] = []
+        self.marks: list[tuple[float, float, int]] = []
 
-    def mark(self) -> None:
-        self.marks.append((time.perf_counter(), time.process_time()))
+    def mark(self, tokens: int) -> None:
+        self.marks.append((time.perf_counter(), time.process_time(), tokens))
 
     def steps(self) -> list[dict[str, float]]:
-        """Wall and processor seconds from one scoring to the next; the first, with its start-up, is left out."""
-        pairs = list(zip(self.marks[1:], self.marks[2:], strict=False))
-        return [{"wall": b[0] - a[0], "cpu": b[1] - a[1]} for a, b in pairs]
+        """From one scoring to the next: wall and processor seconds, and completion tokens, of which a half was trained on
+        and a half sampled meanwhile. The first step, with its start-up, is left out.
+        """
+        pairs = zip(self.marks[1:], self.marks[2:], strict=False)
+        return [{"wall": b[0] - a[0], "cpu": b[1] - a[1], "tokens": (a[2] + b[2]) / 2} for a, b in pairs]
 
 
-def reward_of(tokens: Sequence[int]) -> float:
-    """Half of all completions earn 1, by their tokens."""
-    return float(sum(tokens) % 2)
+def reward_of(group: Group, tokens: Sequence[int]) -> float:
+    """Of groups with signal half of the completions earn 1, by their tokens; of the others all."""
+    return float(sum(tokens) % 2) if group.has_signal else 1.0
+
+
+@torch.no_grad()
+def let_stop(model: Any, mean: int) -> None:
+    """Change a random model so that a token is a completion's last with a chance of about 1 in `mean`.
+
+    All embeddings get one component in common, which the final norm hands on to the tied head, and the stop token's gets more of
+    it; how much is found by bisection.
+    """
+    assert model.config.tie_word_embeddings
+    embeddings = model.get_input_embeddings().weight
+    embeddings[:, 0] = 1.0
+    tokens = torch.randint(FIRST_WORD, VOCABULARY, (1, 256), generator=torch.Generator().manual_seed(0))
+    hidden = model.model(input_ids=tokens).last_hidden_state[0]
+    low, high = 0.0, 20.0
+    for _ in range(30):
+        embeddings[EOS, 0] = 1.0 + (low + high) / 2
+        chance = (hidden @ embeddings.T).softmax(-1)[:, EOS].mean().item()
+        low, high = ((low + high) / 2, high) if chance < 1 / mean else (low, (low + high) / 2)
 
 
 def run_whole(spec: StepSpec) -> None:
     """Run, and write `outcome.json` into the folder."""
     torch.set_num_threads(spec.threads)
     path = Path(spec.folder) / "model"
+    case = CASES[spec.case]
     model, tokenizer = build(Spec(side="ours", rollouts="", folder="", tiny=spec.scale < 0.5))
+    if spec.lengths == "geometric":
+        let_stop(model, max(4, round(case.completion * spec.scale)))
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    groups = make_groups(CASES[spec.case], zero_share=0.0, scale=spec.scale)
-    new_tokens = max(8, round(CASES[spec.case].completion * spec.scale))
+    groups = make_groups(case, zero_share=spec.zero_share, scale=spec.scale)
+    longest = case.longest if spec.lengths == "geometric" else case.completion
     outcome = {"engine": _engine, "ours": _ours, "trl": _trl}[spec.side](
-        spec, groups, path, new_tokens, model, tokenizer
+        spec, groups, path, max(8, round(longest * spec.scale)), model, tokenizer
     )
     (Path(spec.folder) / "outcome.json").write_text(json.dumps(outcome))
 
@@ -82,7 +114,10 @@ def _config(groups: Sequence[Any], spec: StepSpec, new_tokens: int, output: str)
         update={"engine": spec.engine, "max_new_tokens": new_tokens, "dtype": "float32"}
     )
     training = config.training.model_copy(update={"num_batches": spec.steps + 2})
-    return config.model_copy(update={"rollout": rollout, "training": training, "output_dir": output})
+    optimizer = config.optimizer.model_copy(update={"learning_rate": LEARNING_RATE})
+    return config.model_copy(
+        update={"rollout": rollout, "training": training, "optimizer": optimizer, "output_dir": output}
+    )
 
 
 def _prompts(groups: Sequence[Any]) -> list[Any]:
@@ -128,8 +163,8 @@ def _ours(
     clock = Clock()
 
     def reward_fn(rollouts: Sequence[Rollout]) -> list[Score]:
-        clock.mark()
-        earned = [reward_of(r.token_ids) for r in rollouts]
+        clock.mark(sum(len(r.token_ids) for r in rollouts))
+        earned = [reward_of(groups[int(r.prompt.id)], r.token_ids) for r in rollouts]
         return [Score(verdict="correct" if e else "wrong", value=e, components={"correctness": e}) for e in earned]
 
     trainer = OnlineTrainer(
@@ -149,7 +184,7 @@ def _ours(
         for key in history[-1]
         if key.startswith("seconds/")
     }
-    return {"steps": clock.steps(), "parts": parts, "tokens": new_tokens * sum(len(g.completions) for g in groups)}
+    return {"steps": clock.steps(), "parts": parts}
 
 
 def _trl(
@@ -159,10 +194,11 @@ def _trl(
     from trl import GRPOConfig, GRPOTrainer
 
     clock, samples = Clock(), len(groups[0].completions)
+    by_prompt = {" ".join(f"t{t}" for t in g.prompt): g for g in groups}
 
-    def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-        clock.mark()
-        return [reward_of(tokens) for tokens in completion_ids]
+    def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        clock.mark(sum(map(len, completion_ids)))
+        return [reward_of(by_prompt[p], tokens) for p, tokens in zip(prompts, completion_ids, strict=True)]
 
     sequences = len(groups) * samples
     trainer = GRPOTrainer(
@@ -172,14 +208,14 @@ def _trl(
             output_dir=str(Path(spec.folder) / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False,
             per_device_train_batch_size=spec.micro_batch, gradient_accumulation_steps=sequences // spec.micro_batch,
             num_generations=samples, max_completion_length=new_tokens, temperature=1.0, top_k=0, beta=0.0,
-            learning_rate=1e-3, lr_scheduler_type="constant", max_steps=spec.steps + 2, shuffle_dataset=False,
+            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_steps=spec.steps + 2, shuffle_dataset=False,
             report_to=[], save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
         ),
-        train_dataset=Dataset.from_dict({"prompt": [" ".join(f"t{t}" for t in g.prompt) for g in groups]}),
+        train_dataset=Dataset.from_dict({"prompt": list(by_prompt)}),
         processing_class=tokenizer,
     )  # fmt: skip
     trainer.train()
-    return {"steps": clock.steps(), "tokens": new_tokens * sequences}
+    return {"steps": clock.steps()}
 
 
 def _in_process(spec: StepSpec) -> dict[str, Any]:
@@ -216,21 +252,32 @@ def compare_engines(spec: StepSpec, engines: Sequence[str]) -> dict[str, Any]:
     return {"case": spec.case, "scale": spec.scale, "engines": found, "machine": machine()}
 
 
+def per_token(steps: Sequence[dict[str, float]], key: str) -> float:
+    """Seconds per thousand completion tokens."""
+    return 1000 * sum(step[key] for step in steps) / sum(step["tokens"] for step in steps)
+
+
 def compare_steps(spec: StepSpec, against: str) -> dict[str, Any]:
-    """A whole step of ours with its parts, and of TRL's GRPOTrainer with its own generate; tokens per step are the same."""
-    ours = _in_process(replace(spec, side="ours"))
+    """A whole step of ours with its parts, and of TRL's GRPOTrainer with its own generate.
+
+    The two sample different completions of the same distribution: ratios are of seconds per completion token.
+    """
+    sides = {"ours": _in_process(replace(spec, side="ours"))}
+    if against == "trl":
+        sides["peer"] = _in_process(replace(spec, side="trl"))
     figures: dict[str, Any] = {
         "case": spec.case,
+        "lengths": spec.lengths,
+        "zero_share": spec.zero_share,
         "scale": spec.scale,
         "engine": spec.engine,
-        "ours": {"wall": _median(ours["steps"], "wall"), "cpu": _median(ours["steps"], "cpu"), "parts": ours["parts"]},
-        "tokens_per_step": ours["tokens"],
+        "parts": sides["ours"]["parts"],
         "vocabulary": VOCABULARY,
         "hidden_size": (TINY_MODEL if spec.scale < 0.5 else MODEL).hidden_size,
     }
+    for name, side in sides.items():
+        figures[name] = {key: _median(side["steps"], key) for key in ("wall", "cpu", "tokens")}
     if against == "trl":
-        theirs = _in_process(replace(spec, side="trl"))
-        figures["peer"] = {key: _median(theirs["steps"], key) for key in ("wall", "cpu")}
-        figures["ratio_cpu"] = figures["peer"]["cpu"] / figures["ours"]["cpu"]
-        figures["ratio_wall"] = figures["peer"]["wall"] / figures["ours"]["wall"]
+        for key in ("cpu", "wall"):
+            figures[f"ratio_{key}"] = per_token(sides["peer"]["steps"], key) / per_token(sides["ours"]["steps"], key)
     return figures | {"machine": machine()}

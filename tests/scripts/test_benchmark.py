@@ -21,7 +21,9 @@ from benchmarks.cases import (
 )
 from benchmarks.gates import Entry, Record, compare, ledger_hash
 from benchmarks.measuring import measured, ratio_with_interval
+from benchmarks.sides import Spec, build
 from benchmarks.train_step import Options, run
+from benchmarks.whole_step import StepSpec, compare_steps, let_stop, per_token
 
 from rlhf.config import Architecture
 
@@ -143,3 +145,27 @@ def test_no_ratio_when_one_side_got_other_rollouts(tampered, tmp_path):
     assert len(failures) == 1
     assert failures[0].startswith("the token ledgers differ")
     assert not any(key.startswith("ratio") for key in figures)
+
+
+def test_a_random_model_is_made_to_stop_after_so_many_tokens_in_the_mean():
+    model, _ = build(Spec(side="ours", rollouts="", folder="", tiny=True))
+    let_stop(model, 20)
+    tokens = torch.randint(4, 16384, (4, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        chance = model(input_ids=tokens).logits.softmax(-1)[..., 1]
+    assert chance.mean().item() == pytest.approx(1 / 20, rel=0.2)
+    assert chance.std() < 0.5 / 20
+
+
+def test_seconds_are_divided_by_the_tokens_they_went_to():
+    assert per_token([{"cpu": 3.0, "tokens": 500}, {"cpu": 1.0, "tokens": 1500}], "cpu") == 2.0
+
+
+@pytest.mark.slow
+def test_whole_steps_of_both_sides_sample_completions_of_the_same_lengths():
+    figures = compare_steps(StepSpec(side="ours", folder="", engine="transformers", scale=0.1, steps=4), against="trl")
+    # 32 completions of about 15 tokens, geometric: the sum of five batches lies within 30 % of its mean
+    for side in ("ours", "peer"):
+        assert figures[side]["tokens"] == pytest.approx(32 * 14.5, rel=0.3)
+    assert figures["ratio_cpu"] > 0
+    assert figures["parts"].keys() >= {"rollout", "train", "sync"}
