@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.attention import NAME
 from rlhf.config import Critic as CriticConfig
+from rlhf.distributed import whole
 from rlhf.lora import add_lora
 from rlhf.scorer import run
 from rlhf.types import Batch
@@ -42,7 +43,9 @@ def load_critic(config: CriticConfig) -> Any:
         saved_as = getattr(model.config, "architectures", None) or []
         if any(name.endswith("SequenceClassification") for name in saved_as):
             raise ValueError(f"critic.path {config.path} is a reward model without its head; train or save it again")
-        nn.init.zeros_(model.get_submodule(HEAD).weight)
+        head = model.get_submodule(HEAD).weight
+        with whole([head], write=True):
+            nn.init.zeros_(head)
     if config.lora is not None:
         add_lora(model, config.lora, trained_in_full=(HEAD,))
     return model

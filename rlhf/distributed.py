@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,10 +31,6 @@ def start(seed: int) -> Accelerator:
     require_all_ranks(accelerator)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
-        if plugin.zero_stage == 3:
-            raise ValueError(
-                "zero_stage is 3 in the accelerate configuration; the online loop supports stages 0, 1 and 2 so far"
-            )
         # The loop accumulates by itself, with one denominator an optimizer step.
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
@@ -89,6 +86,12 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def zero_stage(accelerator: Accelerator) -> int:
+    """0 without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
+
+
 def global_sum(accelerator: Accelerator, value: Tensor) -> Tensor:
     """Sum of a tensor over all ranks, on all ranks."""
     return accelerator.reduce(value.to(accelerator.device), reduction="sum")  # type: ignore[return-value]
@@ -130,6 +133,85 @@ def clip_and_step(accelerator: Accelerator, model: Any, optimizer: Any, schedule
     scheduler.step()
     optimizer.zero_grad()
     return norm
+
+
+def stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer of torch whose learning rate counts: DeepSpeed may have put its own in the place of the one it was given."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+# ------------------------------------------------------------------------------------------------------------- sharded weights
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configs of transformers call it."""
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 left only this rank's piece of it in memory."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def whole(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
+    """Sharded parameters are whole inside; every rank must enter with the same ones.
+
+    Without `write` they are only to be read; with it, what rank 0 makes of them is every rank's.
+    """
+    if not any(map(is_sharded, parameters)):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
+        yield
+
+
+def whole_bytes(parameter: Tensor) -> int:
+    """The size of a parameter, however much of it is here."""
+    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+
+
+def own_piece(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: all of it, or ZeRO-3's flat piece; to be changed in place."""
+    return parameter.ds_tensor if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+
+
+def mark_leaf_modules(model: nn.Module) -> list[str]:
+    """Tell ZeRO-3 to gather each mixture-of-experts block at once; returns their names.
+
+    Which experts run differs from rank to rank: gathered one by one, they would be gathered in different orders, which hangs.
+    A block is a module with a child `experts`, whatever its class.
+
+    Raises:
+        ValueError: when the model's config counts experts and no block was found.
+    """
+    blocks = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "experts", None), nn.Module)}
+    for block in blocks.values():
+        block._z3_leaf = True  # type: ignore[assignment]
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    counted = {key: n for c in configs for key in EXPERT_COUNTS if (n := getattr(c, key, None)) and n > 1}
+    if counted and not blocks:
+        raise ValueError(
+            f"the model's config has {counted}, but none of its modules has a child named experts: under ZeRO-3 its ranks could wait for "
+            "each other for ever; take an accelerate configuration with zero_stage 2"
+        )
+    return list(blocks)
+
+
+def place_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """A module that is only run: on this rank's device, and under ZeRO-3 sharded over the ranks."""
+    if zero_stage(accelerator) != 3:
+        return module.to(accelerator.device)
+    import deepspeed
+
+    mark_leaf_modules(module)
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    config.pop("optimizer", None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine.module  # type: ignore[return-value]
 
 
 def unwrap(accelerator: Accelerator, model: Any) -> Any:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from rlhf.config import Optimizer
-from rlhf.distributed import clip_and_step, clip_in_engine, micro_batch, unwrap
+from rlhf.distributed import (
+    clip_and_step,
+    clip_in_engine,
+    mark_leaf_modules,
+    micro_batch,
+    stepping_optimizer,
+    unwrap,
+    zero_stage,
+)
 
 
 class Learner:
@@ -34,16 +42,18 @@ class Learner:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
-        self.scheduler = get_scheduler(
-            "constant_with_warmup" if config.schedule == "constant" else config.schedule,
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=num_steps,
-        )
         clip_in_engine(accelerator, config.max_grad_norm)
+        if zero_stage(accelerator) == 3:
+            mark_leaf_modules(module)
         training = module.training
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.module.train(training)  # accelerate and DeepSpeed may have switched it
+        self.scheduler = get_scheduler(
+            "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+            stepping_optimizer(self.optimizer),
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=num_steps,
+        )
         accelerator.register_for_checkpointing(self.scheduler)
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf.config import Lora, nearest
+from rlhf.distributed import whole, whole_bytes
 
 ADAPTER = "default"
 """peft's name for the only adapter there is."""
+BUCKET_BYTES = 2**28
+"""Of sharded weights that are whole at once."""
 
 
 def add_lora(model: Any, config: Lora, *, trained_in_full: Sequence[str] = ()) -> None:
@@ -77,25 +81,45 @@ def has_lora(model: Any) -> bool:
 def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters under the names and with the values of the plain model that computes the same, one at a time.
 
-    The sum is formed in the adapters' precision and rounded once to that of W. Tied weights come once.
+    The sum is formed in the adapters' precision and rounded once to that of W. Tied weights come once. Weights that ZeRO-3 shards
+    are gathered `BUCKET_BYTES` at a time, so all ranks must take all of them.
     """
-    for name, parameter in model.named_parameters():
-        if _is_adapter(name):
-            continue
-        module, _, leaf = name.rpartition(".")
-        if module.endswith(".base_layer") and leaf == "weight":
-            delta = model.get_submodule(module.removesuffix(".base_layer")).get_delta_weight(ADAPTER)
-            yield _plain(name), (parameter + delta).to(parameter.dtype)
-        else:
-            yield _plain(name), parameter.detach()
+    for bucket in _buckets(model.named_parameters()):
+        with whole([parameter for _, parameter in bucket]):
+            for name, parameter in bucket:
+                if _is_adapter(name):
+                    continue
+                module, _, leaf = name.rpartition(".")
+                if module.endswith(".base_layer") and leaf == "weight":
+                    delta = model.get_submodule(module.removesuffix(".base_layer")).get_delta_weight(ADAPTER)
+                    yield _plain(name), (parameter + delta).to(parameter.dtype)
+                else:
+                    yield _plain(name), parameter.detach()
 
 
 def adapter_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """What `add_lora` made trainable: the adapters, and the modules trained in full. Names as in peft's files, less their prefix."""
     in_full = tuple(f"{name}." for name in model.peft_config[ADAPTER].modules_to_save or ())
-    for name, parameter in model.named_parameters():
-        if _is_adapter(name) or name.startswith(in_full):
-            yield name.replace(f".{ADAPTER}.", "."), parameter.detach()
+    chosen = [(n, p) for n, p in model.named_parameters() if _is_adapter(n) or n.startswith(in_full)]
+    for bucket in _buckets(chosen):
+        with whole([parameter for _, parameter in bucket]):
+            for name, parameter in bucket:
+                yield name.replace(f".{ADAPTER}.", "."), parameter.detach()
+
+
+def _buckets(named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Consecutive parameters, a layer always with its adapters, as many as fit into `BUCKET_BYTES`, and at least one layer."""
+    bucket: list[tuple[str, nn.Parameter]] = []
+    room = BUCKET_BYTES
+    for _, layer in groupby(named, key=lambda pair: pair[0].partition(".base_layer.")[0].partition(".lora_")[0]):
+        parameters = list(layer)
+        size = sum(whole_bytes(parameter) for _, parameter in parameters)
+        if bucket and size > room:
+            yield bucket
+            bucket, room = [], BUCKET_BYTES
+        bucket, room = bucket + parameters, room - size
+    if bucket:
+        yield bucket
 
 
 def load_adapter(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -136,15 +160,20 @@ def base_of(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def save_model(model: Any, folder: str | Path) -> None:
-    """The model as whole weights that load without peft; what was trained of it, in peft's format, under `adapter`."""
+def save_model(model: Any, folder: str | Path, *, write: bool = True) -> None:
+    """The model as whole weights that load without peft; what was trained of it, in peft's format, under `adapter`.
+
+    Under ZeRO-3 every rank must call it, to gather the weights; the one with `write` keeps and writes them.
+    """
     folder = Path(folder)
-    if not has_lora(model):
-        model.save_pretrained(folder)
+    state = {name: tensor.clone() for name, tensor in merged_parameters(model) if write}
+    adapter = {n: t.clone() for n, t in adapter_parameters(model) if write} if has_lora(model) else None
+    if not write:
         return
-    state = {_plain(name): tensor for name, tensor in model.state_dict().items() if not _is_adapter(name)}
-    model.save_pretrained(folder, state_dict=state | dict(merged_parameters(model)))
-    write_adapter(folder / "adapter", adapter_parameters(model), model.peft_config[ADAPTER])
+    buffers = {name for name, _ in model.named_buffers()}
+    model.save_pretrained(folder, state_dict=state | {n: t for n, t in model.state_dict().items() if n in buffers})
+    if adapter is not None:
+        write_adapter(folder / "adapter", adapter.items(), model.peft_config[ADAPTER])
 
 
 def write_adapter(folder: Path, named_tensors: Iterable[tuple[str, Tensor]], config: Any) -> None:

@@ -7,9 +7,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf.config import Reference as ReferenceConfig
+from rlhf.distributed import own_piece, place_frozen, whole
 from rlhf.lora import base_of
 from rlhf.scorer import Scorer
 from rlhf.types import Batch
@@ -20,22 +22,22 @@ class ReferencePolicy:
 
     Args:
         config: the recipe's block.
-        policy: the scorer of the policy that is trained.
+        accelerator: as `rlhf.distributed.start` made it.
+        policy: the scorer of the policy that is to be trained, not yet sharded.
         frozen: the model at `config.path`; None for the other kinds.
     """
 
-    def __init__(self, config: ReferenceConfig, policy: Scorer, frozen: Any | None) -> None:
+    def __init__(self, config: ReferenceConfig, accelerator: Accelerator, policy: Scorer, frozen: Any | None) -> None:
         assert (config.kind == "frozen") == (frozen is not None)
         self._config, self._policy = config, policy
-        if frozen is not None:
-            device = next(policy.parameters()).device
-            self.scorer = Scorer(frozen.to(device), share_prompts=policy.share_prompts).eval()
-        elif config.kind == "moving_average":
-            self.scorer = copy.deepcopy(policy).eval()
-        else:
-            self.scorer = policy
-        if self.scorer is not policy:
-            self.scorer.requires_grad_(False)
+        self.scorer = policy
+        if config.kind != "lora_base":
+            if frozen is not None:
+                own = Scorer(frozen, share_prompts=policy.share_prompts)
+            else:
+                with whole(list(policy.parameters())):  # a copy of a piece would be no copy of the model
+                    own = copy.deepcopy(policy)
+            self.scorer = place_frozen(accelerator, own.requires_grad_(False).eval())
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float) -> Tensor:
@@ -48,4 +50,4 @@ class ReferencePolicy:
         """After optimizer step number `step`: a moving average takes its share of the policy, reference <- reference + mix (policy - reference)."""
         if self._config.kind == "moving_average" and step % self._config.every_steps == 0:
             for own, new in zip(self.scorer.parameters(), self._policy.parameters(), strict=True):
-                own.lerp_(new.to(own.dtype), self._config.mix)
+                own_piece(own).lerp_(own_piece(new).to(own.dtype), self._config.mix)

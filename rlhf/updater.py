@@ -109,6 +109,11 @@ class Updater:
         self.warmup_batches = config.critic.warmup_batches if isinstance(config, PPO) else 0
         policy = ready(policy, gradient_checkpointing=config.policy.gradient_checkpointing)
         scorer = Scorer(policy, share_prompts=self.shares_prompts).train(policy.training)
+        self.reference: ReferencePolicy | None = None
+        if config.reference is not None:
+            self.reference = ReferencePolicy(config.reference, accelerator, scorer, reference)
+            if config.reference.kind == "moving_average":
+                accelerator.register_for_checkpointing(self.reference.scorer)
         num_steps = (training.num_batches - self.warmup_batches) * self.steps_per_batch
         self.policy = Learner(accelerator, scorer, config.optimizer, num_steps=num_steps)
         self.critic: Learner | None = None
@@ -118,11 +123,6 @@ class Updater:
             module = Critic(value_model, share_prompts=self.shares_prompts).train(value_model.training)
             num_steps = training.num_batches * self.steps_per_batch
             self.critic = Learner(beside(accelerator), module, config.critic.optimizer, num_steps=num_steps)
-        self.reference: ReferencePolicy | None = None
-        if config.reference is not None:
-            self.reference = ReferencePolicy(config.reference, self.policy.unwrapped, reference)
-            if config.reference.kind == "moving_average":
-                accelerator.register_for_checkpointing(self.reference.scorer)
         self.policy_version = 0
         self.kl_coefficient = config.algorithm.kl_coefficient
         self.entropy_coefficient, self._last_entropy = config.algorithm.entropy_coefficient, math.inf
@@ -172,8 +172,10 @@ class Updater:
         """A function of micro-batches, [N] each, laid out by rollout again."""
         everything = torch.ones(len(rollouts), dtype=torch.bool)
         found: dict[int, Tensor] = {}
-        for rows in self._chunks(rollouts, range(len(rollouts))):
-            batch = self._pack(rollouts, rows, everything)
+        chunks = self._chunks(rollouts, range(len(rollouts)))
+        idle = global_max(self.accelerator, len(chunks)) - len(chunks)  # sharded weights need every rank in every pass
+        for rows in chunks + [[]] * idle:
+            batch = self._pack(rollouts, rows or range(1), everything if rows else ~everything)
             lengths = [len(rollouts[i].token_ids) for i in batch.kept]
             found |= zip(batch.kept, score(batch).split(lengths), strict=True)
         return tuple(found[i] for i in range(len(rollouts)))

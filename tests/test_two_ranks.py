@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from data.records import write_records
 from data.stories import prepare
@@ -57,8 +58,8 @@ def grpo(accelerate_config, model_folder, records, output_dir, *overrides):
 
 
 @pytest.mark.slow
-def test_zero_2_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, records, tmp_path):
-    rows, weights = grpo("zero2_cpu", model_folder, records, tmp_path / "run", "rollout.engine=vllm")
+def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, records, tmp_path):
+    rows, weights = grpo("zero3", model_folder, records, tmp_path / "run", "rollout.engine=vllm")
     start = load_file(Path(model_folder) / "model.safetensors")
     assert any(not torch.equal(start[name], weights[name]) for name in start)
     assert [row["step"] for row in rows] == [2, 4]
@@ -72,7 +73,7 @@ def test_zero_2_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_fold
 def test_an_odd_number_of_micro_batches_on_one_rank_does_not_dead_lock(model_folder, records, tmp_path):
     # two or three sequences per micro-batch: the ranks need different numbers of passes
     rows, _ = grpo(
-        "ddp_cpu",
+        "ddp",
         model_folder,
         records,
         tmp_path / "run",
@@ -120,7 +121,7 @@ def test_ranks_that_left_do_not_abort_as_they_exit(tmp_path):
 @pytest.mark.slow
 def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, records, tmp_path):
     runs = {}
-    for accelerate_config, ranks in (("single", 1), ("ddp_cpu", 2), ("zero2_cpu", 2)):
+    for accelerate_config, ranks in (("single", 1), ("ddp", 2), ("zero3", 2)):
         runs[accelerate_config] = launch(
             accelerate_config, ranks, "sft", tmp_path / accelerate_config, f"model.path={model_folder}", "max_tokens=400",
             f"demonstrations={records}/demonstrations.jsonl", "training.num_steps=4", "training.micro_batch_size=8", "training.log_every=1",
@@ -135,11 +136,28 @@ def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, re
             torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-4)
 
 
-def weights_after(accelerate_config, num_ranks, model_folder, output):
+@pytest.fixture(scope="module")
+def models(model_folder, tokenizer, tmp_path_factory):
+    """A dense model and two mixtures of experts, one with fused experts and many, one with few."""
+    shape = dict(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        num_experts_per_tok=2, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("mixtures")
+    torch.manual_seed(0)
+    qwen = Qwen3MoeConfig(**shape, intermediate_size=64, moe_intermediate_size=32, num_experts=8)
+    Qwen3MoeForCausalLM(qwen).save_pretrained(folder / "moe")
+    mixtral = MixtralConfig(**shape, intermediate_size=32, num_local_experts=4, sliding_window=None)
+    MixtralForCausalLM(mixtral).save_pretrained(folder / "mixtral")
+    return {"base": model_folder, "moe": folder / "moe", "mixtral": folder / "mixtral"}
+
+
+def weights_after(accelerate_config, num_ranks, models, output):
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", ROOT / f"recipes/accelerate/{accelerate_config}.yaml", "--num_processes", str(num_ranks), "--main_process_port", "0",
-        ROOT / "tests/update_on_ranks.py", model_folder, output,
+        ROOT / "tests/update_on_ranks.py", output, *(f"{name}={model}" for name, model in models.items()),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -149,15 +167,34 @@ def weights_after(accelerate_config, num_ranks, model_folder, output):
     return load_file(output)
 
 
-@pytest.mark.slow
-def test_two_ranks_sharded_or_not_take_the_steps_of_one(model_folder, tmp_path):
-    """GRPO, GRPO with LoRA and an entropy mask over all ranks, and PPO, each with the critic's gradient where it has one."""
-    one = weights_after("single", 1, model_folder, tmp_path / "one")
-    assert {key for key in one if key.endswith("grad_norm")} == {
-        "grpo.policy/grad_norm", "entropy.policy/grad_norm", "ppo.policy/grad_norm", "ppo.critic/grad_norm",
+@pytest.fixture(scope="module")
+def steps_of_one_rank(models, tmp_path_factory):
+    weights = weights_after("single", 1, models, tmp_path_factory.mktemp("one") / "weights")
+    assert {key for key in weights if key.endswith("grad_norm")} == {
+        "grpo.policy/grad_norm", "entropy.policy/grad_norm", "average.policy/grad_norm", "ppo.policy/grad_norm",
+        "ppo.critic/grad_norm", "moe.policy/grad_norm", "mixtral.policy/grad_norm",
     }  # fmt: skip
-    for accelerate_config in ("ddp_cpu", "zero2_cpu"):
-        two = weights_after(accelerate_config, 2, model_folder, tmp_path / accelerate_config)
-        assert two.keys() == one.keys()
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+    return weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("accelerate_config", "chosen"),
+    [
+        ("ddp", {"base", "moe"}),
+        ("zero1", {"moe"}),
+        ("zero2", {"base"}),
+        ("zero3", {"base", "moe", "mixtral"}),
+        ("zero3_offload", {"moe"}),
+    ],
+)
+def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_rank, tmp_path, accelerate_config, chosen):
+    """GRPO, with LoRA and an entropy mask over all ranks, with a moving average as reference, of mixtures of experts; and PPO with its critic."""
+    two = weights_after(accelerate_config, 2, {name: models[name] for name in chosen}, tmp_path / "weights")
+    members = {key.partition(".")[0] for key in two}
+    assert two.keys() == {key for key in steps_of_one_rank if key.partition(".")[0] in members}
+    assert chosen - {"base"} <= members
+    for key, value in two.items():
+        torch.testing.assert_close(
+            value, steps_of_one_rank[key], atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+        )

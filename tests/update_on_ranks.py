@@ -1,4 +1,7 @@
-"""Two optimizer steps on stored rollouts, for some members of the family, under `accelerate launch` with any number of ranks: MODEL OUTPUT."""
+"""Two optimizer steps on stored rollouts, for some members of the family, under `accelerate launch` with any number of ranks.
+
+OUTPUT NAME=MODEL ...: the members whose model is among the names.
+"""
 
 import os
 import random
@@ -11,7 +14,7 @@ from safetensors.torch import save_file
 
 from rlhf.config import PPO, load_config
 from rlhf.critic import load_critic
-from rlhf.distributed import gather, leave, start
+from rlhf.distributed import gather, leave, start, whole
 from rlhf.experience import Ranks, estimate
 from rlhf.lora import add_lora
 from rlhf.metrics import Metrics
@@ -22,14 +25,24 @@ from rlhf.updater import Updater
 ROOT = Path(__file__).parents[1]
 GROUPS, SAMPLES = 6, 3
 FAMILY = {
-    "grpo": ("grpo", "algorithm.advantage=batch_normalised"),
+    "grpo": ("base", "grpo", "algorithm.advantage=batch_normalised", "optimizer.warmup_steps=2"),
     "entropy": (
+        "base",
         "grpo",
         "algorithm.top_entropy_share=0.3",
         "algorithm.entropy_coefficient=0.1",
         "policy.lora={rank: 4}",
     ),
+    "average": (
+        "base",
+        "grpo",
+        "reference={kind: moving_average, mix: 0.5, every_steps: 1}",
+        "algorithm.kl_coefficient=0.1",
+    ),
+    "moe": ("moe", "grpo"),
+    "mixtral": ("mixtral", "grpo"),
     "ppo": (
+        "base",
         "ppo",
         "reference=null",
         "algorithm.kl_coefficient=0",
@@ -63,6 +76,12 @@ def stored_rollouts():
     return rollouts, scores
 
 
+def whole_parameters(module):
+    for key, parameter in module.named_parameters():
+        with whole([parameter]):
+            yield key, parameter.detach()
+
+
 def take_steps(recipe, model, *overrides):
     """Weights of everything trained, and gradient norms, after the steps."""
     config = load_config(
@@ -81,7 +100,8 @@ def take_steps(recipe, model, *overrides):
     critic = None
     if isinstance(config, PPO):
         critic = load_critic(config.critic.model_copy(update={"path": model}))
-        torch.nn.init.normal_(critic.score.weight, std=0.3)
+        with whole([critic.score.weight], write=True):
+            torch.nn.init.normal_(critic.score.weight, std=0.3)
     updater = Updater(config, accelerator, policy=policy, critic=critic, pad_token_id=0)
     for name, learner in updater.learners.items():
         bound = (config.optimizer if name == "policy" else config.critic.optimizer).max_grad_norm
@@ -96,19 +116,21 @@ def take_steps(recipe, model, *overrides):
     metrics = Metrics()
     updater.update(experience, metrics)
     weights = {
-        f"{name}.{key}": parameter.detach().float().clone()
+        f"{name}.{key}": tensor.float().clone()
         for name, learner in updater.learners.items()
-        for key, parameter in learner.unwrapped.named_parameters()
+        for key, tensor in whole_parameters(learner.unwrapped)
     }
     # AdamW's first steps are as large whatever the gradient's scale; its norm tells.
     return weights | {key: torch.tensor(v) for key, (v, _) in metrics.pairs().items() if key.endswith("grad_norm")}
 
 
-def main(model, output):
+def main(output, *named_models):
+    models = dict(pair.split("=", 1) for pair in named_models)
     weights = {
         f"{name}.{key}": value
-        for name, (recipe, *overrides) in FAMILY.items()
-        for key, value in take_steps(recipe, model, *overrides).items()
+        for name, (model, recipe, *overrides) in FAMILY.items()
+        if model in models
+        for key, value in take_steps(recipe, models[model], *overrides).items()
     }
     if int(os.environ.get("RANK", "0")) == 0:
         save_file(weights, output)

@@ -153,11 +153,12 @@ class OnlineTrainer:
     def save(self, tokenizer: Any) -> None:
         """The trained policy and its tokenizer in the run's folder, the critic in a folder below it."""
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            save_model(self.unwrapped, self.run.folder)
+        write = self.accelerator.is_main_process
+        save_model(self.unwrapped, self.run.folder, write=write)
+        if self.updater.critic is not None:
+            save_model(self.updater.critic.unwrapped.model, self.run.folder / "critic", write=write)
+        if write:
             tokenizer.save_pretrained(self.run.folder)
-            if self.updater.critic is not None:
-                save_model(self.updater.critic.unwrapped.model, self.run.folder / "critic")
 
     def summary(self) -> dict[str, Any]:
         """What the whole run, resumed or not, comes to."""
