@@ -173,11 +173,6 @@ def whole_bytes(parameter: Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
-def own_piece(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: all of it, or ZeRO-3's flat piece; to be changed in place."""
-    return parameter.ds_tensor if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
-
-
 def mark_leaf_modules(model: nn.Module) -> list[str]:
     """Tell ZeRO-3 to gather each mixture-of-experts block at once; returns their names.
 

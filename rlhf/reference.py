@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf.config import Reference as ReferenceConfig
-from rlhf.distributed import own_piece, place_frozen, whole
+from rlhf.distributed import place_frozen, whole
 from rlhf.lora import base_of
 from rlhf.scorer import Scorer
 from rlhf.types import Batch
@@ -50,4 +51,19 @@ class ReferencePolicy:
         """After optimizer step number `step`: a moving average takes its share of the policy, reference <- reference + mix (policy - reference)."""
         if self._config.kind == "moving_average" and step % self._config.every_steps == 0:
             for own, new in zip(self.scorer.parameters(), self._policy.parameters(), strict=True):
-                own_piece(own).lerp_(own_piece(new).to(own.dtype), self._config.mix)
+                with whole([new]), whole([own], write=True):
+                    own.lerp_(new.to(own.dtype), self._config.mix)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of a moving average, whole, for a checkpoint; every rank must ask."""
+        state = {}
+        for name, parameter in self.scorer.named_parameters():
+            with whole([parameter]):
+                state[name] = parameter.detach().cpu().clone()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.scorer.named_parameters():
+            with whole([parameter], write=True):
+                parameter.copy_(state[name])

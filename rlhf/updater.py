@@ -113,7 +113,7 @@ class Updater:
         if config.reference is not None:
             self.reference = ReferencePolicy(config.reference, accelerator, scorer, reference)
             if config.reference.kind == "moving_average":
-                accelerator.register_for_checkpointing(self.reference.scorer)
+                accelerator.register_for_checkpointing(self.reference)
         num_steps = (training.num_batches - self.warmup_batches) * self.steps_per_batch
         self.policy = Learner(accelerator, scorer, config.optimizer, num_steps=num_steps)
         self.critic: Learner | None = None
