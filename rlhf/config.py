@@ -596,7 +596,12 @@ class OnlineTraining(Section):
     """`shared` computes a prompt once for all its completions and pads nothing, where the model's attention allows it."""
     checkpoint_every: PositiveInt = 10
     """Rollout batches between checkpoints."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """Optimizer steps between checkpoints, besides those; also in the middle of a rollout batch, which is then stored with the rest."""
     keep_checkpoints: PositiveInt = 2
+    """The newest so many stay."""
+    keep_best: str | None = None
+    """Key of a metric: the checkpoint whose last finished rollout batch has its highest value stays as well."""
 
 
 class Online(Section):

@@ -134,3 +134,75 @@ def clip_and_step(accelerator: Accelerator, model: Any, optimizer: Any, schedule
 
 def unwrap(accelerator: Accelerator, model: Any) -> Any:
     return accelerator.unwrap_model(model)
+
+
+def optimizer_state(
+    accelerator: Accelerator, module: nn.Module, optimizer: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of everything trained, and `<key>/<name>` of its optimizer state, whole even where ZeRO shards them: the same for any number of ranks.
+
+    A collective under ZeRO, in which the main process gets the result and the others nothing. Empty state before the first step.
+    """
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    inner = optimizer.optimizer  # torch's, or DeepSpeed's around it
+    if not _is_sharded(inner):
+        stepped = {name: inner.state[p] for name, p in trained.items() if p in inner.state}
+        return {**trained}, {f"{key}/{name}": value for name, of_p in stepped.items() for key, value in of_p.items()}
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    weights: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    main = accelerator.is_main_process
+    stepped = next(iter(inner.optimizer.state.values()), {})
+    for name, p in trained.items():
+        whole = safe_get_full_fp32_param(p)
+        assert whole is not None
+        weights |= {name: whole.cpu()} if main else {}
+        for key, value in stepped.items():
+            # the step is one number for all, moments are laid out as the weights are
+            of_weight = value if key == "step" else safe_get_full_optimizer_state(p, key)
+            assert of_weight is not None
+            state |= {f"{key}/{name}": of_weight.cpu()} if main else {}
+    return weights, state
+
+
+def load_optimizer_state(
+    accelerator: Accelerator, module: nn.Module, optimizer: Any, weights: dict[str, Tensor], state: dict[str, Tensor]
+) -> None:
+    """What `optimizer_state` gave, into any number of ranks, sharded or not."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if weights.keys() != trained.keys():
+        raise ValueError(
+            f"the checkpoint has {len(weights)} weights and the model trains {len(trained)}, of other names; is policy.path another model?"
+        )
+    of_parameters: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        kind, _, name = key.partition("/")
+        of_parameters.setdefault(name, {})[kind] = value
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(weights[name])
+    inner = optimizer.optimizer
+    if not _is_sharded(inner):
+        by_place = {i: of_parameters[name] for i, name in enumerate(trained) if name in of_parameters}
+        inner.load_state_dict({"state": by_place, "param_groups": inner.state_dict()["param_groups"]})
+        return
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if of_parameters:
+        some = next(iter(of_parameters.values()))
+        for flat in (flat for group in inner.optimizer.param_groups for flat in group["params"]):
+            inner.optimizer.state[flat] = {
+                kind: value.clone() if kind == "step" else torch.zeros_like(flat) for kind, value in some.items()
+            }
+        inner._lazy_init_hp_params_optimizer_state()  # DeepSpeed makes room for moments in its first step, and finds it so
+    for name, p in trained.items():
+        safe_set_full_fp32_param(p, weights[name].to(p.device))
+        for kind, value in of_parameters.get(name, {}).items():
+            if kind != "step":
+                safe_set_full_optimizer_state(p, value.to(p.device), kind)
+
+
+def _is_sharded(optimizer: Any) -> bool:
+    """Whether it is ZeRO's, of stage 1 or 2."""
+    return hasattr(optimizer, "single_partition_of_fp32_groups")

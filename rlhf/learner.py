@@ -44,7 +44,6 @@ class Learner:
         training = module.training
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.module.train(training)  # accelerate and DeepSpeed may have switched it
-        accelerator.register_for_checkpointing(self.scheduler)
 
     @property
     def unwrapped(self) -> Any:
