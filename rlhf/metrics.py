@@ -51,6 +51,9 @@ MEANING = {
 }
 """Components named in a recipe add `reward/<name>`."""
 
+CLOCK = ("seconds/", "share/", "memory/", "rollout/tokens_per_second", "train/tokens_per_second")
+"""Beginnings of the keys that the machine decides; the others are the run's own and the same each time on one CPU rank."""
+
 
 class Metrics:
     """Accumulates totals and counts, so that means over micro-batches and ranks are means over tokens, not means of means.

@@ -6,9 +6,8 @@ import pytest
 import torch
 from online_helpers import config, ppo
 
-from rlhf.metrics import read_jsonl
+from rlhf.metrics import CLOCK, read_jsonl
 
-CLOCK = ("seconds/", "share/", "memory/", "rollout/tokens_per_second", "train/tokens_per_second")
 EVERY_STEP = (
     "training.num_batches=2", "training.minibatches_per_batch=2", "training.passes_per_batch=2",
     "training.checkpoint_every_steps=1", "training.keep_checkpoints=100", "optimizer.warmup_steps=3",
