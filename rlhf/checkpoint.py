@@ -128,10 +128,19 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """The last file of a checkpoint, and everything of it onto the disk."""
+    """The last file of a checkpoint, and its names onto the disk."""
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
     sync_to_disk(folder / MANIFEST)
     sync_to_disk(folder)
+
+
+def seal(folder: Path) -> None:
+    """A manifest for files that something else wrote: from now on the checkpoint is whole."""
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        sync_to_disk(path)
+        entries[str(path.relative_to(folder))] = _entry(path)
+    write_manifest(folder, entries)
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -152,22 +161,26 @@ def fault_of(checkpoint: Path) -> str | None:
         found = _entry(path)["sha256"]
         if found != digest:
             return f"{name} has SHA-256 {found[:12]}… and had {digest[:12]}…"
-    return None if STATE in expected else f"{MANIFEST} does not name {STATE}"
+    return None if expected else f"{MANIFEST} names no file"
 
 
 # --------------------------------------------------------------------------------------------------------------- which ones there are
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path, prefix: str = "step") -> list[Path]:
     """Published checkpoints, oldest first; whether they are still whole, `fault_of` tells."""
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob(f"{prefix}-*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
-def newest_whole(accelerator: Accelerator, folder: Path) -> Path | None:
+def newest_whole(accelerator: Accelerator, folder: Path, prefix: str = "step") -> Path | None:
     """The newest checkpoint that is as it was written, or None when there is none at all; the same on all ranks.
 
     Newer, damaged ones are set aside as `damaged-…` and named in a sentence.
@@ -177,16 +190,16 @@ def newest_whole(accelerator: Accelerator, folder: Path) -> Path | None:
     """
     found: tuple[Path | None, str | None] = (None, None)
     if accelerator.is_main_process:
-        found = _newest_whole(folder)
+        found = _newest_whole(folder, prefix)
     path, error = gather(accelerator, [found])[0]
     if error is not None:
         raise ValueError(error)
     return path
 
 
-def _newest_whole(folder: Path) -> tuple[Path | None, str | None]:
+def _newest_whole(folder: Path, prefix: str) -> tuple[Path | None, str | None]:
     faults = []
-    for checkpoint in reversed(checkpoints(folder)):
+    for checkpoint in reversed(checkpoints(folder, prefix)):
         fault = fault_of(checkpoint)
         if fault is None:
             for damaged, its_fault in faults:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -161,3 +162,68 @@ def test_two_ranks_sharded_or_not_take_the_steps_of_one(model_folder, tmp_path):
         assert two.keys() == one.keys()
         for key in one:
             torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def moments_of(checkpoint):
+    return {
+        f"{file}/{name}": tensor
+        for file in ("policy.weights", "policy.optimizer", "critic.weights", "critic.optimizer")
+        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items()
+    }
+
+
+@pytest.mark.slow
+def test_a_checkpoint_inside_a_rollout_batch_goes_on_with_more_or_fewer_ranks_sharded_or_not(
+    model_folder, records, tmp_path
+):
+    """Four optimizer steps of PPO on one rollout batch, handed on after each: one rank, two, two under ZeRO-2, the same again, one."""
+    run, kept = tmp_path / "run", tmp_path / "kept"
+
+    def train(accelerate_config, num_ranks):
+        rows, weights = launch(
+            accelerate_config, num_ranks, "ppo", run, f"policy.path={model_folder}", f"critic.path={model_folder}", "reference=null",
+            "algorithm.kl_coefficient=0", "critic.warmup_batches=0", f"problems={records}/problems.jsonl",
+            f"demonstrations={records}/demonstrations.jsonl", "rewards=[{name: correctness}, {name: length}]", "rollout.engine=transformers",
+            "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4", "rollout.max_prompt_tokens=120", "rollout.max_new_tokens=24",
+            "training.num_batches=1", "training.passes_per_batch=2", "training.checkpoint_every_steps=1", "training.keep_checkpoints=10",
+            "optimizer.warmup_steps=0",
+        )  # fmt: skip
+        shutil.copytree(run, kept / accelerate_config, dirs_exist_ok=True)
+        return rows[0], weights | {f"critic.{k}": v for k, v in load_file(run / "critic/model.safetensors").items()}
+
+    def go_on_from(accelerate_config, step):
+        shutil.rmtree(run)
+        (run / "checkpoints").mkdir(parents=True)
+        shutil.copy(kept / accelerate_config / "recipe.yaml", run)
+        shutil.copytree(
+            kept / accelerate_config / f"checkpoints/step-00000{step}", run / f"checkpoints/step-00000{step}"
+        )
+
+    row, weights = train("single", 1)
+    go_on_from("single", 1)
+    runs = {"two ranks": train("ddp_cpu", 2)}
+    go_on_from("ddp_cpu", 2)
+    runs["sharded"] = train("zero2_cpu", 2)
+    final = moments_of(kept / "zero2_cpu/checkpoints/step-000003")
+    go_on_from("zero2_cpu", 3)
+    runs["sharded again"] = train("zero2_cpu", 2)
+    assert final.keys() == moments_of(kept / "single/checkpoints/step-000003").keys()
+    go_on_from("zero2_cpu", 3)
+    runs["one rank again"] = train("single", 1)
+    for name, (other_row, other_weights) in runs.items():
+        for key in (
+            "policy/loss",
+            "policy/grad_norm",
+            "policy/kl_sampler",
+            "policy/ratio",
+            "critic/loss",
+            "critic/error",
+            "rollout/length",
+        ):
+            assert other_row[key] == pytest.approx(row[key], rel=1e-3, abs=1e-6), (name, key)
+        for key, weight in weights.items():
+            torch.testing.assert_close(
+                other_weights[key], weight, atol=2e-5, rtol=1e-4, msg=lambda m, at=(name, key): f"{at}: {m}"
+            )
+    again = runs["sharded again"][1]
+    assert all(torch.equal(again[key], weight) for key, weight in runs["sharded"][1].items())

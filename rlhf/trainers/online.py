@@ -10,6 +10,7 @@ optimizer steps, `passes_per_batch` times (rlhf/updater.py). GRPO, PPO and their
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from rlhf import training_state
-from rlhf.checkpoint import newest_whole, read_state, save_checkpoint, sync_to_disk
+from rlhf.checkpoint import best_of, checkpoints, newest_whole, read_state, save_checkpoint, sync_to_disk
 from rlhf.config import Online
 from rlhf.distributed import gather
 from rlhf.experience import Experience, Ranks, describe, describe_advantages, estimate, has_signal
@@ -235,13 +236,28 @@ class OnlineTrainer:
             say(f"the checkpoint is of revision {state['git']} and the code is at {git_revision()}")
 
     def save(self, tokenizer: Any) -> None:
-        """The trained policy and its tokenizer in the run's folder, the critic in a folder below it."""
+        """The trained policy and its tokenizer in the run's folder, the critic in a folder below it, and the best policy in another."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             save_model(self.unwrapped, self.run.folder)
             tokenizer.save_pretrained(self.run.folder)
             if self.updater.critic is not None:
                 save_model(self.updater.critic.unwrapped.model, self.run.folder / "critic")
+        if self.config.training.keep_best is not None:
+            self._save_best(self.config.training.keep_best, tokenizer)
+
+    def _save_best(self, key: str, tokenizer: Any) -> None:
+        """The policy of the checkpoint with the highest value of a metric; the trained one when the last batch's is as high."""
+        best = best_of(checkpoints(self.checkpoints), key)
+        row = read_state(best)["metrics"] if best is not None else self.last_row
+        if best is None or row[key] <= self.last_row.get(key, -math.inf):
+            row = self.last_row
+        else:
+            training_state.restore(best, read_state(best), self.updater.learners, self.updater.followers)
+        say(f"best: {key} {row.get(key, math.nan):.4g} in batch {row['batch']:.0f} of those with a checkpoint")
+        if self.accelerator.is_main_process:
+            save_model(self.unwrapped, self.run.folder / "best")
+            tokenizer.save_pretrained(self.run.folder / "best")
 
     def summary(self) -> dict[str, Any]:
         """What the whole run, resumed or not, comes to."""

@@ -49,7 +49,7 @@ def truncate(path):
         (lambda c: (c / "policy.safetensors").unlink(), "policy.safetensors is missing"),
         (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda c: truncate(c / "manifest.json"), "manifest.json cannot be read"),
-        (lambda c: (c / "manifest.json").write_text("{}"), "manifest.json does not name state.json"),
+        (lambda c: (c / "manifest.json").write_text("{}"), "manifest.json names no file"),
         (lambda c: [path.unlink() for path in c.iterdir()], "manifest.json is missing"),
     ],
 )
