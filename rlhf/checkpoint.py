@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,54 +50,47 @@ def save_checkpoint(
     """
     temporary, final = folder / f"writing-{step:06d}", folder / f"step-{step:06d}"
     main = accelerator.is_main_process
-    entries: dict[str, dict[str, Any]] = {}
 
-    def prepare() -> None:
-        for leftover in [*folder.glob("writing-*"), *folder.glob("deleting-*")]:
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-
-    def write_own() -> None:
-        for path in write(temporary):
-            sync_to_disk(path)
-            entries[path.name] = _entry(path)
-
-    def publish() -> None:
-        for name, entry in everything.items():
-            if not (temporary / name).is_file():
-                raise FileNotFoundError(
-                    f"another rank's {name} is not in {temporary}: all ranks must see one output_dir"
-                )
-            assert (temporary / name).stat().st_size == entry["bytes"]
-        write_manifest(temporary, everything)
-        if final.exists():
-            _remove(final)
-        os.rename(temporary, final)
-        sync_to_disk(folder)
-
-    def attempt(action: Callable[[], None]) -> None:
-        fault = None
+    def together(action: Callable[[], Any]) -> list[Any]:
+        """What each rank's action gives, or the same error on all ranks when one's failed."""
         try:
-            action()
+            outcome = action(), None
         except (OSError, SafetensorError) as error:
-            fault = str(error)
-        faults = [f for f in gather(accelerator, [fault]) if f is not None]
+            outcome = None, str(error)
+        outcomes = gather(accelerator, [outcome])
+        faults = [fault for _, fault in outcomes if fault is not None]
         if faults:
             if main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(_could_not_write(folder, step, faults[0]))
+        return [result for result, _ in outcomes]
 
-    attempt(prepare if main else _nothing)
-    attempt(write_own)
-    everything = {name: entry for part in gather(accelerator, [entries]) for name, entry in part.items()}
-    attempt(publish if main else _nothing)
+    together(lambda: _prepare(folder, temporary) if main else None)
+    of_ranks = together(lambda: {path.name: _entry(sync_to_disk(path)) for path in write(temporary)})
+    entries = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
+    together(lambda: _publish(temporary, final, entries) if main else None)
     if main:
         _remove_superseded(folder, keep, keep_best)
     accelerator.wait_for_everyone()
 
 
-def _nothing() -> None:
-    pass
+def _prepare(folder: Path, temporary: Path) -> None:
+    for leftover in [*folder.glob("writing-*"), *folder.glob("deleting-*")]:
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+
+
+def _publish(temporary: Path, final: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    missing = [name for name in entries if not (temporary / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]} of another rank is not in {temporary}: all ranks must see one output_dir"
+        )
+    write_manifest(temporary, entries)
+    if final.exists():
+        _remove(final)
+    os.rename(temporary, final)
+    sync_to_disk(final.parent)
 
 
 def _could_not_write(folder: Path, step: int, fault: str) -> str:
@@ -113,13 +106,14 @@ def _could_not_write(folder: Path, step: int, fault: str) -> str:
 # ------------------------------------------------------------------------------------------------------------------ the manifest
 
 
-def sync_to_disk(path: Path) -> None:
-    """A file, or the names in a folder, onto the disk."""
+def sync_to_disk(path: Path) -> Path:
+    """A file, or the names in a folder, onto the disk; returns its path."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return path
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -127,7 +121,7 @@ def _entry(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """The last file of a checkpoint, and its names onto the disk."""
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
     sync_to_disk(folder / MANIFEST)
@@ -138,8 +132,7 @@ def seal(folder: Path) -> None:
     """A manifest for files that something else wrote: from now on the checkpoint is whole."""
     entries = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sync_to_disk(path)
-        entries[str(path.relative_to(folder))] = _entry(path)
+        entries[str(path.relative_to(folder))] = _entry(sync_to_disk(path))
     write_manifest(folder, entries)
 
 
