@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rlhf.metrics import MEANING
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
@@ -596,7 +598,13 @@ class OnlineTraining(Section):
     """`shared` computes a prompt once for all its completions and pads nothing, where the model's attention allows it."""
     checkpoint_every: PositiveInt = 10
     """Rollout batches between checkpoints."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """Optimizer steps between checkpoints, besides those; also in the middle of a rollout batch, which is then stored with the rest."""
     keep_checkpoints: PositiveInt = 2
+    """The newest so many stay."""
+    keep_best: str | None = None
+    """Key of a metric, such as reward/correctness: the checkpoint whose last finished rollout batch has its highest value stays as well, and its
+    weights end up under `best` in output_dir."""
 
 
 class Online(Section):
@@ -655,6 +663,11 @@ class Online(Section):
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards name the same component twice: {', '.join(names)}; merge them into one weight")
+        metrics = [*MEANING, *(f"reward/{name}" for name in names)]
+        if self.training.keep_best is not None and self.training.keep_best not in metrics:
+            raise ValueError(
+                f"training.keep_best is {self.training.keep_best!r}, which is no metric; {nearest(self.training.keep_best, metrics)}"
+            )
         if "correctness" not in names:
             raise ValueError(
                 f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported"

@@ -197,12 +197,13 @@ def mark_leaf_modules(model: nn.Module) -> list[str]:
 
 def place_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """A module that is only run: on this rank's device, and under ZeRO-3 sharded over the ranks."""
-    if zero_stage(accelerator) != 3:
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
         return module.to(accelerator.device)
     import deepspeed
 
     mark_leaf_modules(module)
-    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    config = copy.deepcopy(plugin.deepspeed_config)
     config.pop("optimizer", None)
     config["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(model=module, config=config)
@@ -211,3 +212,99 @@ def place_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
 
 def unwrap(accelerator: Accelerator, model: Any) -> Any:
     return accelerator.unwrap_model(model)
+
+
+def optimizer_state(
+    accelerator: Accelerator, module: nn.Module, optimizer: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of everything trained, and `<key>/<name>` of its optimizer state, whole even where ZeRO shards them: the same for any number of ranks.
+
+    A collective under ZeRO, in which the main process gets the result and the others nothing. Empty state before the first step.
+    """
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    inner = optimizer.optimizer  # torch's, or DeepSpeed's around it
+    if not _is_zero(inner):
+        stepped = {name: inner.state[p] for name, p in trained.items() if p in inner.state}
+        return {**trained}, {f"{key}/{name}": value for name, of_p in stepped.items() for key, value in of_p.items()}
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    weights: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    main = accelerator.is_main_process
+    stepped = next(iter(inner.optimizer.state.values()), {})
+    for name, p in trained.items():
+        weight = safe_get_full_fp32_param(p)
+        assert weight is not None
+        weights |= {name: weight.cpu()} if main else {}
+        for key, value in stepped.items():
+            # the step is one number for all, moments are laid out as the weights are
+            of_weight = value if key == "step" else safe_get_full_optimizer_state(p, key)
+            assert of_weight is not None
+            state |= {f"{key}/{name}": of_weight.clone().cpu()} if main else {}
+    return weights, state
+
+
+def load_optimizer_state(
+    accelerator: Accelerator, module: nn.Module, optimizer: Any, weights: dict[str, Tensor], state: dict[str, Tensor]
+) -> None:
+    """What `optimizer_state` gave, into any number of ranks, sharded or not."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if weights.keys() != trained.keys():
+        raise ValueError(
+            f"the checkpoint has {len(weights)} weights and the model trains {len(trained)}, of other names; is policy.path another model?"
+        )
+    of_parameters: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        kind, _, name = key.partition("/")
+        of_parameters.setdefault(name, {})[kind] = value
+    with torch.no_grad():
+        for name, p in trained.items():
+            with whole([p], write=True):
+                p.copy_(weights[name])
+    inner = optimizer.optimizer
+    if not _is_zero(inner):
+        by_place = {i: of_parameters[name] for i, name in enumerate(trained) if name in of_parameters}
+        inner.load_state_dict({"state": by_place, "param_groups": inner.state_dict()["param_groups"]})
+        return
+    if of_parameters:
+        some = next(iter(of_parameters.values()))
+        for flat in _flat_parameters(inner):
+            inner.optimizer.state[flat] = {
+                kind: value.clone() if kind == "step" else torch.zeros_like(flat) for kind, value in some.items()
+            }
+        if hasattr(inner, "_lazy_init_hp_params_optimizer_state"):
+            inner._lazy_init_hp_params_optimizer_state()  # DeepSpeed makes room for moments in its first step, and finds it so
+    for name, p in trained.items():
+        _set_master(accelerator, p, weights[name], None)
+        for kind, value in of_parameters.get(name, {}).items():
+            if kind != "step":
+                _set_master(accelerator, p, value, kind)
+
+
+def _set_master(accelerator: Accelerator, p: Any, value: Tensor, kind: str | None) -> None:
+    """The weight that ZeRO's optimizer steps, or its moment `kind`."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if is_sharded(
+        p
+    ):  # a rank's piece, the last one filled up with zeros; DeepSpeed's own setter of whole values forgets that
+        size, rank = p.ds_tensor.numel(), accelerator.process_index
+        flat = value.flatten()
+        flat = torch.nn.functional.pad(flat, (0, size * accelerator.num_processes - flat.numel()))
+        p._z3_optimizer.set_local_hp_param(flat[rank * size : (rank + 1) * size], p, kind)
+    elif kind is None:
+        safe_set_full_fp32_param(p, value.to(p.device))
+    else:
+        safe_set_full_optimizer_state(p, value.to(p.device), kind)
+
+
+def _is_zero(optimizer: Any) -> bool:
+    """Whether it is ZeRO's, of stage 1 or 2, or of stage 3."""
+    return hasattr(optimizer, "single_partition_of_fp32_groups") or hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
+def _flat_parameters(optimizer: Any) -> list[Tensor]:
+    """This rank's pieces of all weights, as ZeRO's optimizer steps them."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return optimizer.fp32_partitioned_groups_flat
+    return [flat for group in optimizer.optimizer.param_groups for flat in group["params"]]

@@ -39,6 +39,10 @@ class Experience:
     """The critic's predictions before the update."""
     returns: PerRollout | None = None
     """What the critic learns to predict."""
+    old_logprobs: PerRollout | None = None
+    """Of the trainer's policy at the time of sampling, of rollouts that are computed; only in an update under way."""
+    entropies: PerRollout | None = None
+    """At that time, where top_entropy_share asks for them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,6 @@ class Learner:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=num_steps,
         )
-        accelerator.register_for_checkpointing(self.scheduler)
 
     @property
     def unwrapped(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -50,6 +51,9 @@ MEANING = {
 }
 """Components named in a recipe add `reward/<name>`."""
 
+CLOCK = ("seconds/", "share/", "memory/", "rollout/tokens_per_second", "train/tokens_per_second")
+"""Beginnings of the keys that the machine decides; the others are the run's own and the same each time on one CPU rank."""
+
 
 class Metrics:
     """Accumulates totals and counts, so that means over micro-batches and ranks are means over tokens, not means of means.
@@ -94,10 +98,13 @@ def read_jsonl(path: Path) -> list[dict[str, float]]:
 
 
 def truncate_jsonl(path: Path, *, key: str, below: float) -> None:
-    """Drop the rows that a resumed run is about to write again."""
+    """Drop the rows that a resumed run is about to write again, and a last one that a kill cut off."""
     if path.is_file():
-        kept = [row for row in read_jsonl(path) if row[key] < below]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row[key] < below), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def console_line(row: dict[str, float], total_batches: int) -> str:

@@ -181,7 +181,7 @@ def faults_as_sentences() -> Iterator[None]:
     """A fault of the user's is one sentence on stderr and exit code 2; any other keeps its traceback."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if not raised_by_us(error):
             raise
         rank = "" if is_main_process() else f" on rank {os.environ['RANK']}"

@@ -7,8 +7,8 @@ Each optimizer step has one denominator, fixed before its first backward pass an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,8 +112,6 @@ class Updater:
         self.reference: ReferencePolicy | None = None
         if config.reference is not None:
             self.reference = ReferencePolicy(config.reference, accelerator, scorer, reference)
-            if config.reference.kind == "moving_average":
-                accelerator.register_for_checkpointing(self.reference)
         num_steps = (training.num_batches - self.warmup_batches) * self.steps_per_batch
         self.policy = Learner(accelerator, scorer, config.optimizer, num_steps=num_steps)
         self.critic: Learner | None = None
@@ -123,6 +121,8 @@ class Updater:
             module = Critic(value_model, share_prompts=self.shares_prompts).train(value_model.training)
             num_steps = training.num_batches * self.steps_per_batch
             self.critic = Learner(beside(accelerator), module, config.critic.optimizer, num_steps=num_steps)
+        self._plans: list[list[MicroBatch]] = []
+        """Of the update under way."""
         self.policy_version = 0
         self.kl_coefficient = config.algorithm.kl_coefficient
         self.entropy_coefficient, self._last_entropy = config.algorithm.entropy_coefficient, math.inf
@@ -135,6 +135,13 @@ class Updater:
     @property
     def learners(self) -> dict[str, Learner]:
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic is not None else {})
+
+    @property
+    def followers(self) -> dict[str, ReferencePolicy]:
+        """What moves without being trained."""
+        if self.reference is None or self.config.reference is None or self.config.reference.kind != "moving_average":
+            return {}
+        return {"reference": self.reference}
 
     def state(self) -> dict[str, float]:
         """What a resume needs besides weights, optimizers and schedules."""
@@ -191,8 +198,23 @@ class Updater:
 
     # ---------------------------------------------------------------------------------------------------------------- the update
 
-    def update(self, experience: Experience, metrics: Metrics, *, batch: int = 0) -> None:
-        """The optimizer steps on one rollout batch, number `batch` from 0.
+    def update(
+        self,
+        experience: Experience,
+        metrics: Metrics,
+        *,
+        batch: int = 0,
+        steps_taken: int = 0,
+        after_step: Callable[[int], None] = lambda steps_taken: None,
+    ) -> None:
+        """The optimizer steps on one rollout batch, number `batch` from 0, that are left after `steps_taken` of them.
+
+        Args:
+            experience: this rank's; from the second step on as `under_way` gave it after the step before.
+            metrics: what is measured is added to.
+            batch: how many rollout batches came before.
+            steps_taken: on this one.
+            after_step: called after each step with the number taken by then, unless it was the last.
 
         Raises:
             RuntimeError: when the sampler was not the policy.
@@ -200,12 +222,12 @@ class Updater:
         """
         training, size = self.config.training, self.config.rollout.samples_per_prompt
         rows_per_minibatch = len(experience.rollouts) // size // training.minibatches_per_batch * size
-        plans = [
+        plans = self._plans = [
             self._plan(experience, range(m * rows_per_minibatch, (m + 1) * rows_per_minibatch))
             for m in range(training.minibatches_per_batch)
         ]
         moves_policy = batch >= self.warmup_batches
-        if moves_policy:
+        if moves_policy and steps_taken == 0:
             # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.
             first = 0 if self.config.algorithm.top_entropy_share < 1 else 1
             for plan in plans[first:]:
@@ -213,12 +235,29 @@ class Updater:
                     with torch.no_grad():
                         micro.old_logprobs, entropies = self._forward(micro)
                     micro.entropies = entropies if self.config.algorithm.top_entropy_share < 1 else None
-        for _ in range(training.passes_per_batch):
-            for plan in plans:
-                if moves_policy:
-                    self._policy_step(plan, metrics)
-                if self.critic is not None:
-                    self._critic_step(plan, metrics)
+        for taken in range(steps_taken, self.steps_per_batch):
+            plan = plans[taken % len(plans)]
+            if moves_policy:
+                self._policy_step(plan, metrics)
+            if self.critic is not None:
+                self._critic_step(plan, metrics)
+            if taken + 1 < self.steps_per_batch:
+                after_step(taken + 1)
+
+    def under_way(self, experience: Experience) -> Experience:
+        """The experience of the update under way, with what it found out about the policy that sampled before that policy moved."""
+
+        def by_rollout(name: str) -> PerRollout | None:
+            found: dict[int, Tensor] = {}
+            for micro in (micro for plan in self._plans for micro in plan):
+                of_tokens = getattr(micro, name)
+                if of_tokens is None:
+                    return None
+                lengths = [len(experience.rollouts[i].token_ids) for i in micro.batch.kept]
+                found |= zip(micro.batch.kept, of_tokens.cpu().split(lengths), strict=True)
+            return tuple(found.get(i, torch.zeros(0)) for i in range(len(experience.rollouts)))
+
+        return replace(experience, old_logprobs=by_rollout("old_logprobs"), entropies=by_rollout("entropies"))
 
     def _plan(self, experience: Experience, rows: range) -> list[MicroBatch]:
         """Micro-batches of one optimizer step; the same number on every rank.
@@ -264,6 +303,8 @@ class Updater:
             advantages,
             of_tokens(experience.values),
             of_tokens(experience.returns),
+            of_tokens(experience.old_logprobs),
+            of_tokens(experience.entropies),
         )
 
     def _forward(self, micro: MicroBatch, expected: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -286,7 +327,7 @@ class Updater:
                 logprobs, entropy = self._forward(micro, -micro.advantages * micro.weights if on_policy else None)
                 if micro.old_logprobs is None:
                     micro.old_logprobs = logprobs.detach()
-                focus = None if micro.entropies is None else high_entropy_mask(micro.entropies, threshold)
+                focus = None if micro.entropies is None else high_entropy_mask(micro.entropies.to(logprobs), threshold)
                 loss = (self._policy_loss(micro, logprobs, entropy, focus, local) * micro.weights.to(logprobs)).sum()
                 local.add("train/tokens", total=micro.batch.num_tokens, count=1)
                 require_finite(loss)
@@ -310,6 +351,7 @@ class Updater:
         algorithm, device = self.config.algorithm, logprobs.device
         old_logprobs, advantages, sequences = micro.old_logprobs, micro.advantages.to(device), micro.batch.sequences
         assert old_logprobs is not None
+        old_logprobs = old_logprobs.to(device)
         sequences, sampler_logprobs = sequences.to(device), micro.batch.sampler_logprobs.to(device)
         if algorithm.loss == "sequence_clipped":
             ratio = sequence_ratio(logprobs, old_logprobs, sequences)

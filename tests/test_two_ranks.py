@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -31,11 +34,31 @@ def records(tmp_path_factory):
     return folder
 
 
+def config_file(name):
+    """Of the recipes; `pieces` is ZeRO-3 that keeps not even the smallest weights whole, as it would with our tiny models."""
+    if name != "pieces":
+        return ROOT / f"recipes/accelerate/{name}.yaml"
+    folder = Path(tempfile.mkdtemp())
+    deepspeed = {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 1.0,
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+    (folder / "deepspeed.json").write_text(json.dumps(deepspeed))
+    config = yaml.safe_load((ROOT / "recipes/accelerate/zero3.yaml").read_text())
+    config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": True}
+    del config["mixed_precision"]
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    return folder / "accelerate.yaml"
+
+
 def launch(accelerate_config, num_ranks, stage, output_dir, *overrides):
     """metrics rows and final weights of a short run of a tiny recipe."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", ROOT / f"recipes/accelerate/{accelerate_config}.yaml", "--num_processes", str(num_ranks), "--main_process_port", "0",
+        "--config_file", config_file(accelerate_config), "--num_processes", str(num_ranks), "--main_process_port", "0",
         ROOT / f"scripts/train_{stage}.py", "--config", ROOT / f"recipes/tiny/{stage}.yaml", f"output_dir={output_dir}", *overrides,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -59,7 +82,7 @@ def grpo(accelerate_config, model_folder, records, output_dir, *overrides):
 
 @pytest.mark.slow
 def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, records, tmp_path):
-    rows, weights = grpo("zero3", model_folder, records, tmp_path / "run", "rollout.engine=vllm")
+    rows, weights = grpo("pieces", model_folder, records, tmp_path / "run", "rollout.engine=vllm")
     start = load_file(Path(model_folder) / "model.safetensors")
     assert any(not torch.equal(start[name], weights[name]) for name in start)
     assert [row["step"] for row in rows] == [2, 4]
@@ -156,7 +179,7 @@ def models(model_folder, tokenizer, tmp_path_factory):
 def weights_after(accelerate_config, num_ranks, models, output):
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", ROOT / f"recipes/accelerate/{accelerate_config}.yaml", "--num_processes", str(num_ranks), "--main_process_port", "0",
+        "--config_file", config_file(accelerate_config), "--num_processes", str(num_ranks), "--main_process_port", "0",
         ROOT / "tests/update_on_ranks.py", output, *(f"{name}={model}" for name, model in models.items()),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
@@ -184,7 +207,7 @@ def steps_of_one_rank(models, tmp_path_factory):
         ("ddp", {"base", "moe"}),
         ("zero1", {"moe"}),
         ("zero2", {"base"}),
-        ("zero3", {"base", "moe", "mixtral"}),
+        ("pieces", {"base", "moe", "mixtral"}),
         ("zero3_offload", {"moe"}),
     ],
 )
@@ -198,3 +221,69 @@ def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_ran
         torch.testing.assert_close(
             value, steps_of_one_rank[key], atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+def moments_of(checkpoint):
+    return {
+        f"{file}/{name}": tensor
+        for file in ("policy.weights", "policy.optimizer", "critic.weights", "critic.optimizer")
+        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items()
+    }
+
+
+@pytest.mark.slow
+def test_a_checkpoint_inside_a_rollout_batch_goes_on_with_more_or_fewer_ranks_sharded_or_not(
+    model_folder, records, tmp_path
+):
+    """Four optimizer steps of PPO on one rollout batch, handed on: from one rank to two, to two under ZeRO-2 or ZeRO-3, to the same again or to one."""
+    run, kept = tmp_path / "run", tmp_path / "kept"
+
+    def train(accelerate_config, num_ranks):
+        rows, weights = launch(
+            accelerate_config, num_ranks, "ppo", run, f"policy.path={model_folder}", f"critic.path={model_folder}", "reference=null",
+            "algorithm.kl_coefficient=0", "critic.warmup_batches=0", f"problems={records}/problems.jsonl",
+            f"demonstrations={records}/demonstrations.jsonl", "rewards=[{name: correctness}, {name: length}]", "rollout.engine=transformers",
+            "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4", "rollout.max_prompt_tokens=120", "rollout.max_new_tokens=24",
+            "training.num_batches=1", "training.passes_per_batch=2", "training.checkpoint_every_steps=1", "training.keep_checkpoints=10",
+            "optimizer.warmup_steps=0",
+        )  # fmt: skip
+        shutil.copytree(run, kept / accelerate_config, dirs_exist_ok=True)
+        return rows[0], weights | {f"critic.{k}": v for k, v in load_file(run / "critic/model.safetensors").items()}
+
+    def go_on_from(accelerate_config, step):
+        shutil.rmtree(run)
+        (run / "checkpoints").mkdir(parents=True)
+        shutil.copy(kept / accelerate_config / "recipe.yaml", run)
+        shutil.copytree(
+            kept / accelerate_config / f"checkpoints/step-00000{step}", run / f"checkpoints/step-00000{step}"
+        )
+
+    row, weights = train("single", 1)
+    all_moments = moments_of(kept / "single/checkpoints/step-000003").keys()
+    go_on_from("single", 1)
+    runs = {"two ranks": train("ddp", 2)}
+    for accelerate_config in ("zero2", "pieces"):
+        go_on_from("ddp", 2)
+        runs[accelerate_config] = train(accelerate_config, 2)
+        assert moments_of(kept / accelerate_config / "checkpoints/step-000003").keys() == all_moments
+    go_on_from("pieces", 3)
+    runs["pieces again"] = train("pieces", 2)
+    go_on_from("pieces", 3)
+    runs["one rank again"] = train("single", 1)
+    for name, (other_row, other_weights) in runs.items():
+        for key in (
+            "policy/loss",
+            "policy/grad_norm",
+            "policy/kl_sampler",
+            "policy/ratio",
+            "critic/loss",
+            "critic/error",
+            "rollout/length",
+        ):
+            assert other_row[key] == pytest.approx(row[key], rel=1e-3, abs=1e-6), (name, key)
+        for key, weight in weights.items():
+            torch.testing.assert_close(
+                other_weights[key], weight, atol=2e-5, rtol=1e-4, msg=lambda m, at=(name, key): f"{at}: {m}"
+            )
+    again = runs["pieces again"][1]
+    assert all(torch.equal(again[key], weight) for key, weight in runs["pieces"][1].items())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback
 
+from rlhf.checkpoint import MANIFEST, checkpoints, newest_whole, seal, step_of
 from rlhf.config import SFT, RewardModel
 from rlhf.distributed import require_all_ranks
-from rlhf.metrics import append_jsonl
+from rlhf.metrics import append_jsonl, truncate_jsonl
 from rlhf.run import num_ranks, say
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -37,7 +40,7 @@ def trainer_arguments(config: SFT | RewardModel) -> dict[str, Any]:
         "logging_steps": training.log_every,
         "save_strategy": "steps",
         "save_steps": training.checkpoint_every,
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the newest is whole only once it is sealed
         "bf16": False,  # accelerate's configuration decides the precision of the computation
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -46,17 +49,36 @@ def trainer_arguments(config: SFT | RewardModel) -> dict[str, Any]:
     }
 
 
-def last_checkpoint(output_dir: str) -> str | None:
-    """Newest checkpoint of an interrupted stage that transformers wrote whole."""
-    found = [p for p in (Path(output_dir) / "trainer").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
+def last_checkpoint(trainer: Any, output_dir: Path) -> Path | None:
+    """Newest checkpoint of an interrupted stage that is as it was written; one that a kill cut off is removed."""
+    folder = output_dir / "trainer"
+    if trainer.accelerator.is_main_process:
+        for unsealed in (c for c in checkpoints(folder, "checkpoint") if not (c / MANIFEST).exists()):
+            shutil.rmtree(unsealed)
+    return newest_whole(trainer.accelerator, folder, "checkpoint")
 
 
 def run_trainer(trainer: Any, config: SFT | RewardModel) -> None:
-    """Train from the newest checkpoint, if there is one, on all the ranks that were launched."""
+    """Train from the newest whole checkpoint, if there is one, on all the ranks that were launched."""
     require_all_ranks(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
+    trainer.add_callback(SealCheckpoints())
+    checkpoint = last_checkpoint(trainer, Path(config.output_dir))
+    if checkpoint is not None:
+        say(f"resuming after step {step_of(checkpoint)}")
+    if trainer.accelerator.is_main_process:
+        step = step_of(checkpoint) if checkpoint is not None else 0
+        truncate_jsonl(Path(config.output_dir) / "metrics.jsonl", key="step", below=step + 1)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+
+
+class SealCheckpoints(TrainerCallback):
+    """Adds checksums to what transformers saved; it writes in place, and what has none was cut off by a kill."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class LogLines(TrainerCallback):

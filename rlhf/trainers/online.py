@@ -10,6 +10,7 @@ optimizer steps, `passes_per_batch` times (rlhf/updater.py). GRPO, PPO and their
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from rlhf.checkpoint import load_newest, save_checkpoint
+from rlhf import training_state
+from rlhf.checkpoint import best_whole, newest_whole, read_state, save_checkpoint, sync_to_disk
 from rlhf.config import Online
 from rlhf.distributed import gather
 from rlhf.experience import Experience, Ranks, describe, describe_advantages, estimate, has_signal
@@ -28,7 +30,8 @@ from rlhf.guards import require_fresh, require_judged, require_one_policy
 from rlhf.lora import save_model
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
 from rlhf.rollout.engine import RolloutEngine, Sampling
-from rlhf.run import Run, peak_memory_gb, say
+from rlhf.rollout_buffer import RolloutBuffer
+from rlhf.run import Run, git_revision, peak_memory_gb, say
 from rlhf.types import Prompt, RewardFn, Rollout, Score
 from rlhf.updater import Updater
 from rlhf.weight_sync import Probe, WeightSync, send_weights
@@ -85,13 +88,15 @@ class OnlineTrainer:
             config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=pad_token_id
         )
         self.first_batch = self.prompts_used = 0
-        saved = load_newest(self._accelerators, self.checkpoints)
-        if saved is not None:
-            self.updater.restore(saved)
-            self.first_batch, self.prompts_used = saved["batch"], saved["prompts_used"]
-            say(f"resuming after batch {self.first_batch}, policy version {self.policy_version}")
+        self.last_row: dict[str, float] = {}
+        self.under_way: RolloutBuffer | None = None
+        """The rollout batch that a resumed run goes on with."""
+        checkpoint = newest_whole(accelerator, self.checkpoints)
+        if checkpoint is not None:
+            self._restore(checkpoint)
             send_weights(engine, self.unwrapped, policy_version=self.policy_version)
-        truncate_jsonl(self.metrics_file, key="batch", below=self.first_batch + 1)
+        if accelerator.is_main_process:
+            truncate_jsonl(self.metrics_file, key="batch", below=self.first_batch + 1)
         self.sync = WeightSync(engine, self.unwrapped, probes, tolerance=config.guards.freshness_tolerance)
 
     @property
@@ -111,10 +116,6 @@ class OnlineTrainer:
     def metrics_file(self) -> Path:
         return self.run.folder / "metrics.jsonl"
 
-    @property
-    def _accelerators(self) -> dict[str, Accelerator]:
-        return {name: learner.accelerator for name, learner in self.updater.learners.items()}
-
     # ---------------------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> list[dict[str, float]]:
@@ -127,31 +128,115 @@ class OnlineTrainer:
         training = self.config.training
         history = []
         for batch in range(self.first_batch, training.num_batches):
-            metrics = Metrics()
-            seconds: dict[str, float] = {part: 0.0 for part in PARTS}
-            rollouts, scores = self.collect(batch, metrics, seconds)
-            with _timed(seconds, "reward"):
-                experience = self.judge(rollouts, scores, metrics)
-            with _timed(seconds, "train"):
-                self.updater.update(experience, metrics, batch=batch)
+            buffer, self.under_way = self.under_way or self.fill(batch), None
+            self._update(buffer, batch)
+            metrics, seconds = buffer.metrics, buffer.seconds
             with _timed(seconds, "sync"):
                 freshness = self.sync.push(policy_version=self.policy_version)
             require_one_policy(gather(self.accelerator, [freshness.level]))
             metrics.add("sync/error", total=freshness.error, count=1)
-            _describe_costs(experience, seconds, metrics)
+            _describe_costs(buffer.experience, seconds, metrics)
             row = {"batch": batch + 1, "step": self.policy_version, **self._means(metrics)}
+            self.last_row = row
             history.append(row)
             if self.accelerator.is_main_process:
                 append_jsonl(self.metrics_file, row)
             say(console_line(row, training.num_batches))
-            if (batch + 1) % training.checkpoint_every == 0 and batch + 1 < training.num_batches:
-                state = {**self.updater.state(), "prompts_used": self.prompts_used}
-                keep = training.keep_checkpoints
-                save_checkpoint(self._accelerators, self.checkpoints, batch=batch + 1, keep=keep, state=state)
+            due = (batch + 1) % training.checkpoint_every == 0 or self._step_is_due(batch + 1, 0)
+            if due and batch + 1 < training.num_batches:
+                self._checkpoint(batch + 1)
         return history
 
+    def fill(self, batch: int) -> RolloutBuffer:
+        """Rollout batch number `batch`, sampled, scored and judged."""
+        metrics = Metrics()
+        seconds: dict[str, float] = {part: 0.0 for part in PARTS}
+        rollouts, scores = self.collect(batch, metrics, seconds)
+        with _timed(seconds, "reward"):
+            experience = self.judge(rollouts, scores, metrics)
+        return RolloutBuffer(experience, metrics, seconds)
+
+    def _update(self, buffer: RolloutBuffer, batch: int) -> None:
+        """The optimizer steps that are left on a rollout batch, with checkpoints between them."""
+        started = time.perf_counter()
+
+        def after_step(steps_taken: int) -> None:
+            nonlocal started
+            if self._step_is_due(batch, steps_taken):
+                buffer.seconds["train"] += time.perf_counter() - started
+                experience = self.updater.under_way(buffer.experience)
+                self._checkpoint(batch, RolloutBuffer(experience, buffer.metrics, buffer.seconds, steps_taken))
+                started = time.perf_counter()
+
+        self.updater.update(
+            buffer.experience, buffer.metrics, batch=batch, steps_taken=buffer.steps_taken, after_step=after_step
+        )
+        buffer.seconds["train"] += time.perf_counter() - started
+
+    # --------------------------------------------------------------------------------------------------------------- checkpoints
+
+    def _step_is_due(self, batch: int, steps_taken: int) -> bool:
+        every = self.config.training.checkpoint_every_steps
+        return every is not None and (batch * self.updater.steps_per_batch + steps_taken) % every == 0
+
+    def _checkpoint(self, batch: int, buffer: RolloutBuffer | None = None) -> None:
+        """After `batch` rollout batches and the steps on the one in `buffer`, if there is one."""
+        training, rank = self.config.training, self.accelerator.process_index
+        step = batch * self.updater.steps_per_batch + (buffer.steps_taken if buffer is not None else 0)
+        learners = self.updater.learners
+        files = training_state.collect(learners, self.updater.followers)
+        state = {
+            **self.updater.state(),
+            "step": step,
+            "batch": batch,
+            "prompts_used": self.prompts_used,
+            "learners": training_state.schedules(learners),
+            "ranks": self.accelerator.num_processes,
+            "metrics": self.last_row,
+            "recipe": self.config.model_dump(mode="json"),
+            "git": git_revision(),
+        }
+
+        def write(folder: Path) -> list[Path]:
+            own = training_state.write_rank(folder, rank, buffer)
+            if rank > 0:
+                return own
+            if self.metrics_file.exists():
+                sync_to_disk(self.metrics_file)
+            return own + training_state.write_shared(folder, files, state)
+
+        save_checkpoint(
+            self.accelerator,
+            self.checkpoints,
+            step=step,
+            write=write,
+            keep=training.keep_checkpoints,
+            keep_best=training.keep_best,
+        )
+
+    def _restore(self, checkpoint: Path) -> None:
+        state, ranks = read_state(checkpoint), self.accelerator.num_processes
+        training_state.restore(checkpoint, state, self.updater.learners, self.updater.followers)
+        self.updater.restore(state)
+        self.first_batch, self.prompts_used, self.last_row = state["batch"], state["prompts_used"], state["metrics"]
+        self.under_way = training_state.restore_rank(
+            checkpoint,
+            self.accelerator.process_index,
+            ranks,
+            saved_ranks=state["ranks"],
+            minibatches=self.config.training.minibatches_per_batch,
+        )
+        within = f" and {self.under_way.steps_taken} optimizer steps of the next" if self.under_way is not None else ""
+        say(f"resuming after batch {self.first_batch}{within}, policy version {self.policy_version}")
+        if state["ranks"] != ranks:
+            say(
+                f"the checkpoint is of {state['ranks']} ranks and this run has {ranks}: the stream of prompts goes on, each rank takes its new share"
+            )
+        if state["git"] != git_revision():
+            say(f"the checkpoint is of revision {state['git']} and the code is at {git_revision()}")
+
     def save(self, tokenizer: Any) -> None:
-        """The trained policy and its tokenizer in the run's folder, the critic in a folder below it."""
+        """The trained policy and its tokenizer in the run's folder, the critic in a folder below it, and the best policy in another."""
         self.accelerator.wait_for_everyone()
         write = self.accelerator.is_main_process
         save_model(self.unwrapped, self.run.folder, write=write)
@@ -159,6 +244,21 @@ class OnlineTrainer:
             save_model(self.updater.critic.unwrapped.model, self.run.folder / "critic", write=write)
         if write:
             tokenizer.save_pretrained(self.run.folder)
+        if self.config.training.keep_best is not None:
+            self._save_best(self.config.training.keep_best, tokenizer)
+
+    def _save_best(self, key: str, tokenizer: Any) -> None:
+        """The policy of the checkpoint with the highest value of a metric; the trained one when the last batch's is as high."""
+        best = best_whole(self.accelerator, self.checkpoints, key)
+        row = read_state(best)["metrics"] if best is not None else self.last_row
+        if best is None or row[key] <= self.last_row.get(key, -math.inf):
+            row = self.last_row
+        else:
+            training_state.restore(best, read_state(best), self.updater.learners, self.updater.followers)
+        say(f"best: {key} {row.get(key, math.nan):.4g} in batch {row['batch']:.0f} of those with a checkpoint")
+        save_model(self.unwrapped, self.run.folder / "best", write=self.accelerator.is_main_process)
+        if self.accelerator.is_main_process:
+            tokenizer.save_pretrained(self.run.folder / "best")
 
     def summary(self) -> dict[str, Any]:
         """What the whole run, resumed or not, comes to."""

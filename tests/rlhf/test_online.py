@@ -247,7 +247,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(make_trainer):
 def test_a_checkpoint_half_written_is_not_resumed_from(make_trainer):
     trainer = make_trainer()
     trainer.train()
-    (trainer.checkpoints / "batch-000003").mkdir()
+    (trainer.checkpoints / "step-000003").mkdir()
     (trainer.checkpoints / "writing-000003").mkdir()
     assert make_trainer().first_batch == 2
 

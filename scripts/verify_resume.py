@@ -1,0 +1,259 @@
+"""Kills a run at random moments, resumes it, and compares what comes out with a run left alone: weights bit for bit, metrics row by row.
+
+    python scripts/verify_resume.py recipes/tiny/grpo.yaml training.num_batches=15 --kills 20
+
+Each kill is a trial of its own: SIGKILL to all processes of the run, then the same command again until it finishes. Every second kill
+waits for a checkpoint that is being written and comes in the middle of it. The exit code is 0 when every trial ended as the run left
+alone, 1 when one did not, 2 when a run failed. Equality to the last bit holds on one CPU rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from rlhf.checkpoint import checkpoints
+from rlhf.config import Config, Online, load_config
+from rlhf.metrics import CLOCK, read_jsonl
+
+ROOT = Path(__file__).parents[1]
+ATTEMPTS = 5
+"""At a kill that comes before the run ends."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How the runs of this verification are started."""
+
+    recipe: str
+    overrides: Sequence[str]
+    config: Config
+    folder: Path
+    accelerate_config: str | None
+    num_processes: int
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        launcher = []
+        if self.accelerate_config is not None:
+            launcher = ["-m", "accelerate.commands.launch", "--config_file", self.accelerate_config, "--num_processes", str(self.num_processes),
+                        "--main_process_port", "0"]  # fmt: skip
+        command = [sys.executable, *launcher, str(ROOT / self.config.script), "--config", self.recipe, *self.overrides]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [*command, f"output_dir={self.folder / name}"],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+
+    def finish(self, name: str) -> None:
+        """Run to the end, from wherever it was left.
+
+        Raises:
+            ChildProcessError: when it fails.
+        """
+        if self.start(name).wait() != 0:
+            last = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise ChildProcessError(f"the run {self.folder / name} failed:\n{last}")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One kill and what became of it."""
+
+    killed: str
+    """Where it had come to."""
+    resumed: str
+    """From where it went on."""
+    weights: int
+    """Numbers in the saved weights that differ from those of the run left alone."""
+    rows: int
+    """Rows of metrics that differ."""
+
+
+def has_begun(run: Path) -> bool:
+    return (run / "metrics.jsonl").exists() or bool(checkpoints(run / "checkpoints"))
+
+
+def wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool], seconds: float = float("inf")) -> bool:
+    """Whether `condition()` came true within `seconds`, before the process ended."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.0003)
+    return False
+
+
+def kill_at(runs: Runs, name: str, *, after: float, in_a_write: bool) -> str | None:
+    """Start a run and kill it `after` seconds of training, or in the first write of a checkpoint from then on; where it had come to.
+
+    None when it ended before.
+    """
+    process, run = runs.start(name), runs.folder / name
+    wait_until(process, lambda: has_begun(run))
+    wait_until(process, lambda: False, after)
+    writing = in_a_write and wait_until(process, lambda: any((run / "checkpoints").glob("writing-*")))
+    alive = process.poll() is None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        alive = False
+    process.wait()
+    if not alive:
+        return None
+    batches = len(read_jsonl(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
+    leftover = any((run / "checkpoints").glob("writing-*"))
+    return f"in batch {batches + 1}" + (
+        ", checkpoint half written" if leftover else ", after a write" if writing else ""
+    )
+
+
+def flip_a_byte(run: Path, draw: random.Random) -> bool:
+    """One bit of one file of the newest checkpoint, if there is an older one to fall back to."""
+    found = checkpoints(run / "checkpoints")
+    if len(found) < 2:
+        return False
+    file = draw.choice(sorted(found[-1].iterdir()))
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1
+    file.write_bytes(content)
+    return True
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    files = [f for f in run.rglob("*.safetensors") if not {"checkpoints", "trainer"} & set(f.relative_to(run).parts)]
+    return {f"{f.relative_to(run)}:{key}": value for f in files for key, value in load_file(f).items()}
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in read_jsonl(run / "metrics.jsonl")]
+
+
+def differing_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> int:
+    """How many numbers are not the same to the last bit; all of a tensor that only one side has."""
+    total = 0
+    for name in one.keys() | other.keys():
+        a, b = one.get(name), other.get(name)
+        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+            total += max(t.numel() for t in (a, b) if t is not None)
+        else:
+            total += int((_bytes(a) != _bytes(b)).any(1).sum())
+    return total
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A row for each number."""
+    return tensor.contiguous().flatten().view(torch.uint8).view(-1, tensor.element_size())
+
+
+def differing_rows(one: list[dict[str, float]], other: list[dict[str, float]]) -> int:
+    same = sum(a == b for a, b in zip(one, other, strict=False))
+    return max(len(one), len(other)) - same
+
+
+def resumed_from(log: Path) -> str:
+    lines = [
+        line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("resuming")
+    ]
+    return lines[-1].removeprefix("resuming ").split(", policy")[0] if lines else "from the beginning"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument(
+        "--damage",
+        action="store_true",
+        help="flip a bit of the newest checkpoint after each kill, so that an older one must serve",
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs/verify_resume"), help="for the runs and their logs; must not exist"
+    )
+    parser.add_argument("--accelerate_config", help="launch with accelerate; by default one plain process")
+    parser.add_argument("--num_processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_intermixed_args()
+    try:
+        return verify(arguments)
+    except (ValueError, ChildProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.recipe, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if isinstance(config, Online) and config.training.checkpoint_every_steps is None:
+        overrides.append("training.checkpoint_every_steps=1")
+    if arguments.folder.exists():
+        raise ValueError(f"{arguments.folder} exists; delete it or choose another --folder")
+    arguments.folder.mkdir(parents=True)
+    folder = arguments.folder.resolve()
+    runs = Runs(arguments.recipe, overrides, config, folder, arguments.accelerate_config, arguments.num_processes)
+    process, alone = runs.start("alone"), folder / "alone"
+    wait_until(process, lambda: has_begun(alone))
+    begun = time.monotonic()
+    process.wait()
+    duration = time.monotonic() - begun
+    runs.finish("alone")  # says so if it failed, else finds it finished
+    weights, rows = weights_of(alone), rows_of(alone)
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    print(
+        f"left alone: {len(rows)} rows of metrics, {numbers:,} weights, {duration:.1f} s after its first checkpoint or row"
+    )
+    print("| kill | killed | resumed | weights that differ | rows that differ |\n|---|---|---|---|---|", flush=True)
+    draw, failures = random.Random(arguments.seed), 0
+    for number in range(1, arguments.kills + 1):
+        trial = one_trial(runs, number, draw, duration, weights, rows, damage=arguments.damage)
+        failures += bool(trial.weights or trial.rows)
+        print(f"| {number} | {trial.killed} | {trial.resumed} | {trial.weights} | {trial.rows} |", flush=True)
+    print(f"{arguments.kills - failures} of {arguments.kills} resumed runs end as the run left alone")
+    return int(failures > 0)
+
+
+def one_trial(
+    runs: Runs,
+    number: int,
+    draw: random.Random,
+    duration: float,
+    weights: dict[str, torch.Tensor],
+    rows: list[dict[str, float]],
+    *,
+    damage: bool,
+) -> Trial:
+    for attempt in range(ATTEMPTS):
+        name = f"kill-{number}" + f"-{attempt}" * bool(attempt)
+        killed = kill_at(runs, name, after=draw.uniform(0, 0.9 * duration), in_a_write=number % 2 == 0)
+        if killed is not None:
+            break
+    else:
+        raise ValueError(f"{ATTEMPTS} runs ended before they could be killed; take more batches")
+    run = runs.folder / name
+    if damage and flip_a_byte(run, draw):
+        killed += ", newest checkpoint damaged"
+    runs.finish(name)
+    return Trial(
+        killed,
+        resumed_from(run.with_suffix(".log")),
+        differing_weights(weights, weights_of(run)),
+        differing_rows(rows, rows_of(run)),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
