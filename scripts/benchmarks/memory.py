@@ -104,11 +104,13 @@ def run_memory(spec: dict[str, Any]) -> None:
     case = CASES[spec["memory"]]
     config = recipe_of(case, folder)
     if case.stage == "reward_model":
-        import reward_models.outcome  # noqa: F401
         from trl import RewardTrainer  # noqa: F401
+
+        import reward_models.outcome  # noqa: F401
     elif case.stage == "sft":
-        import rlhf.trainers.sft  # noqa: F401
         from trl import SFTTrainer  # noqa: F401
+
+        import rlhf.trainers.sft
     else:
         import peft  # noqa: F401
 
@@ -202,7 +204,6 @@ def _online(config: Any, folder: Path) -> None:
 def write_model(folder: Path, *, tiny: bool) -> None:
     """The benchmark's model with a tokenizer that has a chat template."""
     from benchmarks.sides import Spec, build
-
     from data.chat import CHATML
 
     model, tokenizer = build(Spec(side="ours", rollouts="", folder="", tiny=tiny))
@@ -213,8 +214,8 @@ def write_model(folder: Path, *, tiny: bool) -> None:
 
 def compare(name: str, *, threads: int = 1) -> dict[str, Any]:
     """Measured and planned bytes of a case."""
-    from rlhf.hardware import Machine, cpu
     from rlhf.footprint import Sharding
+    from rlhf.hardware import Machine, cpu
     from rlhf.plan import RUNTIME_ON_CPU, make_plan
     from rlhf.shapes import read_shape
 
