@@ -31,9 +31,6 @@ HEAD_ROWS = 512
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
 """Largest tile of logits in TRL's loss."""
 WIDTH = {"float32": 4, "bfloat16": 2}
-NORM = {"float32": 12, "bfloat16": 8}
-"""Bytes that an RMS norm keeps of each number: its input in float32, its normalised input, its output."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
@@ -129,6 +126,21 @@ class Trained:
         return adapters + (0 if self.has_head else self.shape.hidden_size)
 
     @property
+    def rank(self) -> int:
+        return self.lora.rank if self.lora is not None else 0
+
+    @property
+    def adapted(self) -> list[tuple[str, int, int]]:
+        """(last part of the name, inputs, how many) of the linear layers with adapters."""
+        if self.lora is None:
+            return []
+        return [
+            (name, inputs, count)
+            for name, inputs, _, count in self.shape.linear
+            if self.lora.target_modules is None or name in self.lora.target_modules
+        ]
+
+    @property
     def width(self) -> int:
         return WIDTH[self.dtype]
 
@@ -187,53 +199,57 @@ def communication(model: Trained, sharding: Sharding, devices: int) -> float:
 # ------------------------------------------------------------------------------------------------------- what a micro-batch needs
 
 
+_FED_BY_NORM_1, _FED_BY_NORM_2 = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
 def saved_by_layer(model: Trained, *, repeated_heads: bool = False) -> float:
     """Bytes per token that autograd keeps of one layer, in the mean over layers, as transformers computes Llama, Qwen and Mixtral.
 
-        norms        2 n h                      n = 12 bytes in float32, 8 in bfloat16 (`NORM`)
-        attention    w (3 a + 2 c) + 4 heads    rotated q and k, v, the result and its copy, log-sum-exps; with QK-norm (n - w) (a + c)
-        feed-forward 4 w i                      gate, its activation, up, their product
-        experts      k w (2 h + 4 e) + 4 E      k chosen of E: the gathered input, as above with width e, the result
+        norms        2 (n h + 4)               n = 12 in float32, 8 in bfloat16: input in float32, normalised input, output; its scale
+        attention    w (2 a + 2 c) + 4 heads   rotated q and k, v, the result; log-sum-exps
+        QK-norm      (n - w) (a + c) + 4 each  inputs in float32 and normalised; the outputs are rotated and not kept
+        feed-forward 4 w i                     gate, its activation, up, their product
+        experts      k w (2 h + 4 e)           k of E: the gathered input, as above with width e, the result;
+                     + 4 E + 36 k              probabilities, places, weights
 
-    LoRA frees a norm's normalised input (its weight is frozen), and in bfloat16 each adapter keeps its input in float32.
+    With LoRA a norm's weight and the experts are frozen, which frees normalised inputs, gathered inputs and experts' products; in
+    float32 an adapter keeps what its layer was given, in bfloat16 a float32 copy of it for itself alone.
     """
     shape, w = model.shape, model.width
     h, a, c = shape.hidden_size, shape.attention_width, shape.kv_width
-    norm = NORM[model.dtype]
-    if model.lora is not None:
-        norm -= w
-    attention = w * (3 * a + 2 * (a if repeated_heads else c)) + 4 * shape.num_heads
+    k, e, s = shape.experts_per_token, shape.expert_size, shape.shared_expert_size
+    full = model.lora is None
+    targets = {name for name, *_ in model.adapted}
+    copies = w == 2 and not full  # an adapter casts what it is given
+    kept_1, kept_2 = (full or (not copies and not targets.isdisjoint(fed)) for fed in (_FED_BY_NORM_1, _FED_BY_NORM_2))
+    product = full or (not copies and "down_proj" in targets)
+
+    norms = 2 * (4 * h + 4) + w * h * (2 * full + kept_1 + kept_2)
+    attention = w * (2 * a + 2 * (a if repeated_heads else c)) + 4 * shape.num_heads
     if shape.qk_norm:
-        attention += (norm - w) * (a + c)  # the norms' outputs are rotated and not kept
-    dense = 4 * w * shape.intermediate_size
-    routed = shape.experts_per_token * w * (2 * h + 4 * shape.expert_size) + 4 * shape.num_experts
-    routed += w * (4 * shape.shared_expert_size + (h if shape.shared_expert_size else 0))
+        attention += (4 + w * full) * (a + c) + 4 * (shape.num_heads + shape.num_kv_heads)
+    dense = w * (3 + product) * shape.intermediate_size
+    routed = k * w * (h + 3 * e + (h + e) * full) + 4 * shape.num_experts + 36 * k
+    shared = w * ((3 + product) * s + h) if s else 0
     share = shape.num_moe_layers / shape.num_layers
-    adapters = 0.0
-    if model.lora is not None:
-        chosen = [
-            (inputs, count)
-            for name, inputs, _, count in shape.linear
-            if model.lora.target_modules is None or name in model.lora.target_modules
-        ]
-        per_input = 4 if model.dtype == "bfloat16" else 0
-        adapters = sum((4 * model.lora.rank + per_input * inputs) * count for inputs, count in chosen)
-        adapters /= shape.num_layers
-    return 2 * norm * h + attention + (1 - share) * dense + share * routed + adapters
+    per_input = 4 if copies else 0
+    adapters = sum((4 * model.rank + per_input * inputs) * count for _, inputs, count in model.adapted) / shape.num_layers
+    return norms + attention + (1 - share) * dense + share * (routed + shared) + adapters
 
 
 def activations(model: Trained, tokens: float, *, repeated_heads: bool = False) -> float:
-    """Bytes that a forward pass of T tokens leaves for the backward pass.
+    """Bytes that a forward pass of T tokens leaves for the backward pass; s of `saved_by_layer`, n and w h of the last norm.
 
-    T (L s + n h)          s of `saved_by_layer`; n h of the last norm
-    T (L w h + n h + s)    with gradient checkpointing: each layer's input, and one layer at a time
+        T (L s + (n - w) h)     and the rotation, 2 w head size
+        T (L w h + (n - w) h)   with gradient checkpointing: each layer's input; one layer at a time is in `backward_scratch`
     """
-    layers, h = model.shape.num_layers, model.shape.hidden_size
-    layer = saved_by_layer(model, repeated_heads=repeated_heads)
-    last = NORM[model.dtype] * h
+    shape, w = model.shape, model.width
+    frozen_input = 4 * shape.hidden_size + 4 if model.lora is not None else 0  # the first norm's, of a frozen embedding
+    last = (4 + (w if model.lora is None else 0)) * shape.hidden_size + 4 + 2 * w * shape.head_dim + 8
     if model.checkpointing:
-        return tokens * (layers * model.width * h + last)
-    return tokens * (layers * layer + last)
+        return tokens * (shape.num_layers * w * shape.hidden_size + last)
+    layer = saved_by_layer(model, repeated_heads=repeated_heads)
+    return tokens * (shape.num_layers * layer + last - frozen_input)
 
 
 def backward_scratch(model: Trained, tokens: float, *, repeated_heads: bool = False) -> float:

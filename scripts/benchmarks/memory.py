@@ -40,7 +40,8 @@ CASES = {
     "sft, LoRA": MemoryCase("sft", ("model.lora={rank: 16}",)),
     "reward model": MemoryCase("reward_model"),
     "grpo": MemoryCase("grpo"),
-    "grpo, half the micro-batch": MemoryCase("grpo", ("training.tokens_per_micro_batch=1024",)),
+    "grpo, half the micro-batch": MemoryCase("grpo", ("training.tokens_per_micro_batch=512",)),
+    "grpo, one micro-batch": MemoryCase("grpo", ("training.tokens_per_micro_batch=2048",)),
     "grpo, checkpointing": MemoryCase("grpo", ("policy.gradient_checkpointing=true",)),
     "grpo, LoRA": MemoryCase(
         "grpo", ("policy.lora={rank: 16}", "algorithm.kl_coefficient=0.01", "reference={kind: lora_base}")
@@ -61,22 +62,22 @@ def base(stage: str, folder: Path) -> dict[str, Any]:
         offline = {
             "model": {"path": str(folder / "model")},
             "max_tokens": 256,
-            "training": {"num_steps": STEPS, "sequences_per_step": 16, "micro_batch_size": 8, "log_every": 1},
+            "training": {"num_steps": STEPS, "sequences_per_step": 8, "micro_batch_size": 4, "log_every": 1},
         }
         files = {"demonstrations": "unused"} if stage == "sft" else {"train_pairs": "unused", "heldout_pairs": "unused"}
         if stage == "reward_model":
-            offline["training"] |= {"sequences_per_step": 8, "micro_batch_size": 4}
+            offline["training"] |= {"sequences_per_step": 4, "micro_batch_size": 2}
         return common | offline | files
     recipe = common | {
         "policy": {"path": str(folder / "model")},
         "problems": "unused",
         "demonstrations": "unused",
         "rollout": {
-            "engine": "transformers", "prompts_per_batch": 4, "samples_per_prompt": 4, "max_prompt_tokens": 64, "max_new_tokens": 128,
+            "engine": "transformers", "prompts_per_batch": 4, "samples_per_prompt": 4, "max_prompt_tokens": 64, "max_new_tokens": 64,
             "dtype": "float32",
         },
         "rewards": [{"name": "correctness"}],
-        "training": {"num_batches": STEPS, "tokens_per_micro_batch": 2048, "checkpoint_every": 100},
+        "training": {"num_batches": STEPS, "tokens_per_micro_batch": 1024, "checkpoint_every": 100},
         "guards": {"max_kl_sampler": 10.0, "freshness_tolerance": 10.0},
     }  # fmt: skip
     if stage == "ppo":
