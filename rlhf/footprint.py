@@ -29,8 +29,9 @@ from rlhf.shapes import ModelShape
 HEAD_ROWS = 512
 """Rows of logits that rlhf/logprobs.py holds at a time."""
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
-"""Largest tile of logits in TRL's loss."""
+"""The buffer of logits in TRL's loss."""
 WIDTH = {"float32": 4, "bfloat16": 2}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
@@ -233,15 +234,17 @@ def saved_by_layer(model: Trained, *, repeated_heads: bool = False) -> float:
     shared = w * ((3 + product) * s + h) if s else 0
     share = shape.num_moe_layers / shape.num_layers
     per_input = 4 if copies else 0
-    adapters = sum((4 * model.rank + per_input * inputs) * count for _, inputs, count in model.adapted) / shape.num_layers
+    adapters = (
+        sum((4 * model.rank + per_input * inputs) * count for _, inputs, count in model.adapted) / shape.num_layers
+    )
     return norms + attention + (1 - share) * dense + share * (routed + shared) + adapters
 
 
 def activations(model: Trained, tokens: float, *, repeated_heads: bool = False) -> float:
     """Bytes that a forward pass of T tokens leaves for the backward pass; s of `saved_by_layer`, n and w h of the last norm.
 
-        T (L s + (n - w) h)     and the rotation, 2 w head size
-        T (L w h + (n - w) h)   with gradient checkpointing: each layer's input; one layer at a time is in `backward_scratch`
+    T (L s + (n - w) h)     and the rotation, 2 w head size
+    T (L w h + (n - w) h)   with gradient checkpointing: each layer's input; one layer at a time is in `backward_scratch`
     """
     shape, w = model.shape, model.width
     frozen_input = 4 * shape.hidden_size + 4 if model.lora is not None else 0  # the first norm's, of a frozen embedding
@@ -279,10 +282,19 @@ def forward_scratch(shape: ModelShape, dtype: str, tokens: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Buffers of a language model head in its forward and its backward pass, bytes."""
+    """Bytes of a language model head's buffers."""
 
     forward: float
+    """At most while it is computed."""
     backward: float
+    """While its gradient is."""
+    kept: float = 0.0
+    """In between."""
+
+
+def no_head(scored: float) -> Head:
+    """Of a value or reward model."""
+    return Head(0.0, 0.0)
 
 
 def head(model: Trained, scored: float) -> Head:
@@ -300,15 +312,19 @@ def head(model: Trained, scored: float) -> Head:
     narrow = w == 2
     forward = 2 * states + 8 * rows * v + matrix + (2 * rows * v + matrix / 2 if narrow else 0)
     backward = 3 * states + 2 * matrix + (matrix / 2 if narrow else 0)
-    return Head(forward, backward)
+    return Head(forward, backward, 2 * states + matrix)
 
 
 def trl_head(model: Trained, scored: float, *, fused: bool) -> Head:
-    """What TRL's loss allocates: tiles of at most 4,096 x 32,768 logits; without Triton (a CPU) five of them forward and eight backward."""
+    """What TRL's loss allocates for S positions, r = min(4096, S) rows at a time; b = 32,768 columns, however many words there are.
+
+    forward   w S h + w r b                            a kernel (`fused`, where Triton is) works in place
+    backward  w S h + 4 S h + 4 V h + w r b
+    without Triton (a CPU) 4 and 7 times 4 r min(b, V) more
+    """
     h, v, w = model.shape.hidden_size, model.shape.vocab_size, model.width
-    tile = min(TRL_ROWS, scored) * min(TRL_COLUMNS, v)
+    rows = min(TRL_ROWS, scored)
+    buffer, piece = w * rows * TRL_COLUMNS, 0.0 if fused else 4.0 * rows * min(TRL_COLUMNS, v)
     matrix = 4 * v * h if model.lora is None else 0
     states = w * scored * h
-    forward = states + tile * (w if fused else w + 4 * 4)
-    backward = states + 4 * scored * h + matrix + tile * (w if fused else w + 7 * 4)
-    return Head(forward, backward)
+    return Head(states + buffer + 4 * piece, states + 4 * scored * h + matrix + buffer + 7 * piece)

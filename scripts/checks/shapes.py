@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from checks.findings import Context, Report, model_source
 from rlhf.config import PPO, SFT, Config, Online, RewardModel
 from rlhf.footprint import Sharding, Trained, optimizer, trained_of, weights
@@ -70,7 +68,3 @@ def check_leaves(report: Report, config: Config, context: Context, trained: dict
         )
     else:
         report.add("ok", "mixture blocks", f"{text}; they are ZeRO-3's leaf modules")
-
-
-def exists(path: str) -> bool:
-    return Path(path).exists()
