@@ -28,11 +28,15 @@ class Device:
     is_cpu: bool = False
 
 
+USABLE = 0.94
+"""Of a card's memory; ECC and drivers keep the rest."""
+
+
 def _gpu(name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: float, link: float) -> Device:
-    """Of a data sheet's numbers: GB, TFLOP/s, TFLOP/s, GB/s, GB/s. Of the memory, drivers keep about 3 %."""
+    """Of a data sheet's numbers: GB, TFLOP/s, TFLOP/s, GB/s, GB/s."""
     return Device(
         name=name,
-        memory=0.97 * gigabytes * GIB if gigabytes < 100 else 0.97 * gigabytes * 1e9,
+        memory=USABLE * gigabytes * GIB,
         bf16_flops=bf16 * 1e12,
         fp32_flops=fp32 * 1e12,
         bandwidth=bandwidth * 1e9,
@@ -86,7 +90,7 @@ def parse_gpus(text: str) -> Machine:
     Raises:
         ValueError: for a count of 0, an unknown card, or another form.
     """
-    found = re.fullmatch(r"(?:(\d+)x)?([A-Za-z]\w*)-(\d+)GB", text)
+    found = re.fullmatch(r"(?:(\d+)x)?([A-Za-z]\w*)-(\d+)GB", text, re.IGNORECASE)
     if found is None:
         raise ValueError(
             f"--gpus is {text!r}, not of the form 8xH100-80GB, 4xANY-24GB or cpu; cards: {', '.join(GPUS)}"
@@ -95,7 +99,7 @@ def parse_gpus(text: str) -> Machine:
     if count < 1:
         raise ValueError(f"--gpus is {text!r}, which is no GPU at all; give a number of 1 or more")
     if found[2].upper() == "ANY":
-        known = [gpu for gpu in GPUS.values() if gpu.memory >= 0.9 * size * GIB] or list(GPUS.values())
+        known = [gpu for gpu in GPUS.values() if gpu.memory >= USABLE * size * GIB] or list(GPUS.values())
         slowest = min(known, key=lambda gpu: (gpu.memory, gpu.bf16_flops))
         numbers = (slowest.bf16_flops / 1e12, slowest.fp32_flops / 1e12, slowest.bandwidth / 1e9, slowest.link / 1e9)
         return Machine(count, _gpu(f"ANY-{found[3]}GB", size, *numbers))

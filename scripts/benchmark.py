@@ -57,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     memory = commands.add_parser("memory", help="peak memory of training, planned and measured")
     memory.add_argument("--case", action="append", choices=MEMORY_CASES, help="all when not given")
     memory.add_argument("--threads", type=int, default=1)
+    memory.add_argument(
+        "--malloc",
+        choices=("returning", "default"),
+        default="returning",
+        help="whether blocks that are freed go back to the system, or as glibc has it",
+    )
     for command in (step, rollout, whole, memory):
         command.add_argument("--json", type=Path, help="where the figures go")
     return main
@@ -105,7 +111,9 @@ def main() -> int:
     if arguments.command == "memory":
         from benchmarks.memory import compare, table
 
-        rows = [compare(case, threads=arguments.threads) for case in arguments.case or MEMORY_CASES]
+        rows = [
+            compare(case, threads=arguments.threads, malloc=arguments.malloc) for case in arguments.case or MEMORY_CASES
+        ]
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
         print(table(rows))

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.config import PPO, SFT, Config, Online, RewardModel, RewardModelReward, load_config
+from rlhf.config import PPO, SFT, Config, Online, Pipeline, RewardModel, RewardModelReward, load_config
 from rlhf.footprint import Sharding, read_sharding
 from rlhf.hardware import GIB, Machine, cpu, parse_gpus
+from rlhf.pipeline import load_stages
 from rlhf.plan import ALWAYS, Plan, make_plan
 from rlhf.repairs import repairs
 from rlhf.run import faults_as_sentences, format_table
@@ -137,24 +138,37 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.recipe, arguments.overrides)
     machine = read_machine(arguments.gpus)
     sharding = Sharding()
-    notes = []
     if arguments.accelerate:
         sharding, ranks = read_sharding(Path(arguments.accelerate))
         if ranks != machine.count:
-            notes.append(f"{arguments.accelerate} has num_processes {ranks}; set it to {machine.count}")
+            print(f"note: {arguments.accelerate} has num_processes {ranks}; set it to {machine.count}")
     if arguments.zero is not None:
         sharding = replace(sharding, stage=arguments.zero)
-    shapes, assumed = read_shapes(config, arguments.model_config)
+    if not isinstance(config, Pipeline):
+        return 0 if plan_stage(config, machine, sharding, arguments.model_config) else 1
+    fit = True
+    for number, (stage, _) in enumerate(load_stages(config), 1):
+        print(f"\n[{number}/{len(config.stages)}] {stage.stage}")
+        if isinstance(stage, Online | SFT | RewardModel):
+            fit &= plan_stage(stage, machine, sharding, arguments.model_config)
+        else:
+            print("trains nothing")
+    return 0 if fit else 1
+
+
+def plan_stage(config: Config, machine: Machine, sharding: Sharding, model_configs: list[str]) -> bool:
+    """Print a stage's plan and what would make it fit; whether it fits."""
+    shapes, assumed = read_shapes(config, model_configs)
     plan = make_plan(config, shapes, machine, sharding)
     print(show(plan, shapes, sharding))
-    for note in notes + assumed:
+    for note in assumed:
         print(f"note: {note}")
     if plan.fits:
         print(f"fits, with {(machine.device.memory - plan.peak) / GIB:.1f} GiB to spare")
-        return 0
+        return True
     print(f"does not fit: {(plan.peak - machine.device.memory) / GIB:.1f} GiB too much. What would help, each alone:")
     print("\n".join(f"  {line}" for line in repairs(config, shapes, machine, sharding)))
-    return 1
+    return False
 
 
 def main() -> int:

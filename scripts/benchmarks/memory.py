@@ -98,8 +98,9 @@ def recipe_of(case: MemoryCase, folder: Path) -> Any:
 
 def run_memory(spec: dict[str, Any]) -> None:
     """One case in this process; writes `outcome.json` with the measured bytes."""
+    import peft  # noqa: F401 - part of what is there before
     import torch
-    import trl  # noqa: F401 - part of what is there before
+    import trl  # noqa: F401
 
     folder = Path(spec["folder"])
     torch.set_num_threads(spec["threads"])
@@ -114,8 +115,6 @@ def run_memory(spec: dict[str, Any]) -> None:
 
         import rlhf.trainers.sft
     else:
-        import peft  # noqa: F401
-
         import rlhf.trainers.online  # noqa: F401
     torch.mm(torch.randn(64, 64), torch.randn(64, 64))  # the libraries' own buffers
     train = {"sft": _sft, "reward_model": _reward_model}.get(case.stage, _online)
@@ -214,8 +213,8 @@ def write_model(folder: Path, *, tiny: bool) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def compare(name: str, *, threads: int = 1) -> dict[str, Any]:
-    """Measured and planned bytes of a case."""
+def compare(name: str, *, threads: int = 1, malloc: str = "returning") -> dict[str, Any]:
+    """Measured and planned bytes of a case; `malloc` as `default` is glibc's own way, which keeps most blocks of up to 32 MiB that are freed."""
     from rlhf.footprint import Sharding
     from rlhf.hardware import Machine, cpu
     from rlhf.plan import RUNTIME_ON_CPU, make_plan
@@ -232,6 +231,8 @@ def compare(name: str, *, threads: int = 1) -> dict[str, Any]:
         spec.write_text(json.dumps({"memory": name, "folder": text, "threads": threads}))
         command = [sys.executable, str(Path(__file__).parents[1] / "benchmark.py"), "side", str(spec)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        if malloc == "returning":
+            environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # larger blocks go back to the system
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -239,6 +240,7 @@ def compare(name: str, *, threads: int = 1) -> dict[str, Any]:
     planned = plan.peak - RUNTIME_ON_CPU
     return {
         "case": name,
+        "malloc": malloc,
         "parameters": shape.parameters,
         "measured_mib": outcome["peak"] / 2**20,
         "live_mib": outcome["live"] / 2**20,
