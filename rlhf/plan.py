@@ -371,6 +371,11 @@ def _offline_parts(config: SFT | RewardModel, shape: ModelShape, machine: Machin
 
 def _warnings(config: Config, shapes: Mapping[str, ModelShape], machine: Machine, sharding: Sharding) -> list[str]:
     found = []
+    if machine.device.is_cpu:
+        found.append(
+            "glibc keeps most blocks of up to 32 MiB that are freed, and a run may take a third more than this; "
+            "MALLOC_MMAP_THRESHOLD_=1048576 in the environment gives them back, for more time"
+        )
     if isinstance(config, Online) and config.rollout.engine != "transformers" and not machine.device.is_cpu:
         shape, rollout = shapes["policy"], config.rollout
         share = rollout.gpu_memory_share * machine.device.memory

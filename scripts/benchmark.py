@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.cases import CASES
 from benchmarks.memory import CASES as MEMORY_CASES
+from benchmarks.memory import MODELS as MEMORY_MODELS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--scale", type=float, default=1.0, help="of all lengths; below 0.5 with a tiny model")
     memory = commands.add_parser("memory", help="peak memory of training, planned and measured")
     memory.add_argument("--case", action="append", choices=MEMORY_CASES, help="all when not given")
+    memory.add_argument(
+        "--model", choices=MEMORY_MODELS, default="benchmark", help="small: 5 M parameters, for the live tensors"
+    )
     memory.add_argument("--threads", type=int, default=1)
     memory.add_argument(
         "--malloc",
@@ -111,9 +115,8 @@ def main() -> int:
     if arguments.command == "memory":
         from benchmarks.memory import compare, table
 
-        rows = [
-            compare(case, threads=arguments.threads, malloc=arguments.malloc) for case in arguments.case or MEMORY_CASES
-        ]
+        settings = {"size": arguments.model, "threads": arguments.threads, "malloc": arguments.malloc}
+        rows = [compare(case, **settings) for case in arguments.case or MEMORY_CASES]
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
         print(table(rows))

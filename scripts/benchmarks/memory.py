@@ -19,10 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import EOS, FIRST_WORD, PAD, VOCABULARY
+from benchmarks.cases import EOS, FIRST_WORD, MODEL, PAD, VOCABULARY
 from benchmarks.measuring import LiveTensors, machine, measured
+from rlhf.config import Architecture
 
 STEPS = 2
+SMALL_MODEL = Architecture(
+    hidden_size=192, intermediate_size=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=48, max_positions=8192
+)
+MODELS = {"benchmark": MODEL, "small": SMALL_MODEL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,6 @@ class MemoryCase:
 
     stage: str
     overrides: tuple[str, ...] = ()
-    tiny: bool = False
 
 
 CASES = {
@@ -202,18 +206,19 @@ def _online(config: Any, folder: Path) -> None:
     trainer.train()
 
 
-def write_model(folder: Path, *, tiny: bool) -> None:
-    """The benchmark's model with a tokenizer that has a chat template."""
+def write_model(folder: Path, size: str = "benchmark") -> None:
+    """A random model with a tokenizer that has a chat template."""
     from benchmarks.sides import Spec, build
     from data.chat import CHATML
+    from rlhf.models import build_qwen3
 
-    model, tokenizer = build(Spec(side="ours", rollouts="", folder="", tiny=tiny))
+    _, tokenizer = build(Spec(side="ours", rollouts="", folder="", tiny=True))
     tokenizer.chat_template = CHATML
-    model.save_pretrained(folder)
+    build_qwen3(MODELS[size], tokenizer, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def compare(name: str, *, threads: int = 1, malloc: str = "returning") -> dict[str, Any]:
+def compare(name: str, *, size: str = "benchmark", threads: int = 1, malloc: str = "returning") -> dict[str, Any]:
     """Measured and planned bytes of a case; `malloc` as `default` is glibc's own way, which keeps most blocks of up to 32 MiB that are freed."""
     from rlhf.footprint import Sharding
     from rlhf.hardware import Machine, cpu
@@ -222,7 +227,7 @@ def compare(name: str, *, threads: int = 1, malloc: str = "returning") -> dict[s
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        write_model(folder / "model", tiny=CASES[name].tiny)
+        write_model(folder / "model", size)
         config = recipe_of(CASES[name], folder)
         shape = read_shape(folder / "model" / "config.json")
         shapes: dict[str, ModelShape] = dict.fromkeys(("policy", "reference", "critic", "reward_model"), shape)
