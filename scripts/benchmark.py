@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES
+from benchmarks.memory import CASES as MEMORY_CASES
+from benchmarks.memory import MODELS as MEMORY_MODELS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,13 +55,29 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--repeats", type=int, default=2)
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--scale", type=float, default=1.0, help="of all lengths; below 0.5 with a tiny model")
-    for command in (step, rollout, whole):
+    memory = commands.add_parser("memory", help="peak memory of training, planned and measured")
+    memory.add_argument("--case", action="append", choices=MEMORY_CASES, help="all when not given")
+    memory.add_argument(
+        "--model", choices=MEMORY_MODELS, default="benchmark", help="small: 5 M parameters, for the live tensors"
+    )
+    memory.add_argument("--threads", type=int, default=1)
+    memory.add_argument(
+        "--malloc",
+        choices=("returning", "default"),
+        default="returning",
+        help="whether blocks that are freed go back to the system, or as glibc has it",
+    )
+    for command in (step, rollout, whole, memory):
         command.add_argument("--json", type=Path, help="where the figures go")
     return main
 
 
 def run_spec(spec: dict[str, Any]) -> None:
-    if "engine" in spec:
+    if "memory" in spec:
+        from benchmarks.memory import run_memory
+
+        run_memory(spec)
+    elif "engine" in spec:
         from benchmarks.whole_step import StepSpec, run_whole
 
         run_whole(StepSpec(**spec))
@@ -93,6 +111,15 @@ def main() -> int:
     arguments = parser().parse_args()
     if arguments.command == "side":
         run_spec(json.loads(arguments.spec.read_text()))
+        return 0
+    if arguments.command == "memory":
+        from benchmarks.memory import compare, table
+
+        settings = {"size": arguments.model, "threads": arguments.threads, "malloc": arguments.malloc}
+        rows = [compare(case, **settings) for case in arguments.case or MEMORY_CASES]
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        print(table(rows))
         return 0
     if arguments.command in ("rollout", "step"):
         figures = whole_step_figures(arguments)

@@ -33,10 +33,7 @@ def train_online(config: Online, run: Run) -> None:
     prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
     require_prompts_fit(prompts, config.rollout)
 
-    solutions = [_as_rollout(renderer, d) for d in demonstrations[:64] if d.scratchpad]
-    fitting = [s for s in solutions if len(s.token_ids) <= config.rollout.max_new_tokens]
-    if not fitting:
-        raise ValueError(f"no demonstration fits into rollout.max_new_tokens {config.rollout.max_new_tokens}; raise it")
+    fitting = reference_solutions(config, renderer, demonstrations)
 
     accelerator = start(config.seed)
     reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device))
@@ -70,6 +67,19 @@ def train_online(config: Online, run: Run) -> None:
     trainer.train()
     trainer.save(tokenizer)
     run.finish(**trainer.summary())
+
+
+def reference_solutions(config: Online, renderer: ChatRenderer, demonstrations: list[Demonstration]) -> list[Rollout]:
+    """Demonstrations that fit, of the first 64, as if the policy had written them.
+
+    Raises:
+        ValueError: when none fits.
+    """
+    solutions = [_as_rollout(renderer, d) for d in demonstrations[:64] if d.scratchpad]
+    fitting = [s for s in solutions if len(s.token_ids) <= config.rollout.max_new_tokens]
+    if not fitting:
+        raise ValueError(f"no demonstration fits into rollout.max_new_tokens {config.rollout.max_new_tokens}; raise it")
+    return fitting
 
 
 def _as_rollout(renderer: ChatRenderer, d: Demonstration) -> Rollout:

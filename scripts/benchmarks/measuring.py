@@ -9,6 +9,7 @@ import platform
 import random
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlhf.config import Architecture
 
@@ -49,6 +52,48 @@ def measured() -> Iterator[Sample]:
     yield sample
     sample.cpu, sample.wall = time.process_time() - cpu, time.perf_counter() - wall
     sample.peak = _status("VmHWM") - before
+
+
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the tensors that are alive inside, at their most: what a program asks for, without what an allocator adds.
+
+    Example:
+        with LiveTensors() as live:
+            train()
+        live.peak
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, tuple[int, str]] = {}
+        self._now = 0
+        self.peak = 0
+        self.at_peak: dict[str, int] = {}
+        """Bytes by the operation that made them and their shape, when the most were alive."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in (*tree_leaves(args), *tree_leaves(result)):  # what was loaded from files is seen when it is used
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor, f"{func} {tuple(tensor.shape)}")
+        return result
+
+    def _see(self, tensor: torch.Tensor, name: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or storage.nbytes() == 0:
+            return
+        self._sizes[key] = (storage.nbytes(), name)
+        self._now += storage.nbytes()
+        weakref.finalize(storage, self._forget, key)
+        if self._now > self.peak:
+            self.peak, self.at_peak = self._now, {}
+            for size, made_by in self._sizes.values():
+                self.at_peak[made_by] = self.at_peak.get(made_by, 0) + size
+
+    def _forget(self, key: int) -> None:
+        size, _ = self._sizes.pop(key)
+        self._now -= size
 
 
 def matrix_throughput(model: Architecture, vocabulary: int, dtype: torch.dtype, *, rows: int) -> float:

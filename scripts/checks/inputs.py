@@ -1,0 +1,282 @@
+"""Data files, models, tokenizers, and the reward of the reference solutions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from checks.findings import Context, Report
+from data.catalog import BENCHMARKS, CATALOG, find
+from data.chat import ChatRenderer, response_of
+from data.records import Demonstration, PreferencePair, Problem, read_records
+from reward_models.composite import build_reward, require_reachable
+from reward_models.outcome import STATISTICS
+from rlhf.config import (
+    PPO,
+    SFT,
+    BuildModel,
+    Config,
+    CurateData,
+    Evaluate,
+    GSM8KSource,
+    Online,
+    PrepareData,
+    RewardModel,
+    RewardModelReward,
+    RuleReward,
+)
+from rlhf.models import check_model_path, load_tokenizer
+from rlhf.rollout.engine import choose_engine, require_prompts_fit
+
+
+def record_files(config: Config) -> list[tuple[str, type, str]]:
+    """(key, kind of record, path) of every record file that a stage reads."""
+    if isinstance(config, SFT | BuildModel):
+        return [("demonstrations", Demonstration, config.demonstrations)]
+    if isinstance(config, RewardModel):
+        return [
+            ("train_pairs", PreferencePair, config.train_pairs),
+            ("heldout_pairs", PreferencePair, config.heldout_pairs),
+        ]
+    if isinstance(config, Online):
+        return [("problems", Problem, config.problems), ("demonstrations", Demonstration, config.demonstrations)]
+    if isinstance(config, Evaluate) and config.problems is not None:
+        return [("problems", Problem, config.problems)]
+    return []
+
+
+def model_folders(config: Config) -> list[tuple[str, str]]:
+    """(key, path) of every model that a stage loads."""
+    if isinstance(config, SFT | RewardModel):
+        return [("model.path", config.model.path)]
+    if isinstance(config, Evaluate):
+        return [(f"models.{label}.path", model.path) for label, model in config.models.items() if model.server is None]
+    if isinstance(config, CurateData):
+        return [("difficulty.policy.path", config.difficulty.policy.path)] if config.difficulty else []
+    if not isinstance(config, Online):
+        return []
+    found = [("policy.path", config.policy.path)]
+    if config.reference is not None and config.reference.path is not None:
+        found.append(("reference.path", config.reference.path))
+    if isinstance(config, PPO):
+        found.append(("critic.path", config.critic.path))
+    found += [("rewards.reward_model.path", r.path) for r in config.rewards if isinstance(r, RewardModelReward)]
+    return found
+
+
+def check_records(report: Report, config: Config, context: Context) -> dict[str, list[Any]]:
+    """Every record file of a stage, read whole; key to records."""
+    found: dict[str, list[Any]] = {}
+    for key, kind, path in record_files(config):
+        if not Path(path).exists() and not _pending(report, key, path, context):
+            continue
+        if Path(path).exists():
+            records = report.attempt(
+                key,
+                lambda kind=kind, path=path: read_records(kind, path),
+                lambda r, path=path: f"{len(r):,} records in {path}",
+            )
+            if records:
+                found[key] = records
+    return found
+
+
+def _pending(report: Report, key: str, path: str, context: Context) -> bool:
+    """Whether an earlier stage will make a missing input; a line in any case where it will or cannot."""
+    try:
+        maker = context.maker(path)
+    except ValueError as error:
+        report.add("error", key, str(error))
+        return False
+    if maker is None:
+        report.add(
+            "error", key, f"{path} does not exist; run the stage that writes it first or correct the path in the recipe"
+        )
+        return False
+    report.add("ok", key, f"{path} will be made by the stage {maker.stage}")
+    return True
+
+
+def check_models(report: Report, config: Config, context: Context) -> list[str]:
+    """Every model of a stage: config, safetensors files that are whole, a reward model's statistics. Returns the folders that are there."""
+    there = []
+    for key, path in model_folders(config):
+        local = Path(path)
+        if not local.exists():
+            on_hub = (
+                path.count("/") == 1
+                and not path.startswith(("/", ".", "outputs/"))
+                and not _made_earlier(path, context)
+            )
+            if on_hub:
+                report.add(
+                    "warning",
+                    key,
+                    f"{path} is no local folder; it will be downloaded from the hub, and was not checked",
+                )
+            else:
+                _pending(report, key, path, context)
+            continue
+
+        def check(key: str = key, path: str = path) -> int:
+            check_model_path(path, key)
+            if key.startswith("rewards.") and not (Path(path) / STATISTICS).is_file():
+                raise ValueError(
+                    f"{key} is {path}, which has no {STATISTICS}; train it with scripts/train_reward_model.py"
+                )
+            return count_tensors(Path(path))
+
+        if report.attempt(key, check, lambda n, path=path: f"{path}, {n:,} tensors in safetensors") is not None:
+            there.append(path)
+    return there
+
+
+def _made_earlier(path: str, context: Context) -> bool:
+    return any(stage.output_dir == path for stage in context.earlier)
+
+
+def count_tensors(folder: Path) -> int:
+    """Tensors in a model's safetensors files, of which the headers are read.
+
+    Raises:
+        ValueError: for a file that is cut off or damaged, and for one that the index names and that is not there.
+    """
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np") as content:
+                names.update(content.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read ({error}); copy or download it again") from None
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        absent = sorted({name for name in listed.values() if not (folder / name).is_file()})
+        if absent:
+            raise ValueError(
+                f"{folder} lacks {', '.join(absent[:3])} of {index.name}; copy or download the model again"
+            )
+        lost = sorted(set(listed) - names)
+        if lost:
+            raise ValueError(
+                f"{folder} lacks the tensors {', '.join(lost[:3])} of {index.name}; copy or download it again"
+            )
+    return len(names)
+
+
+def check_text(report: Report, config: Config, records: dict[str, list[Any]], there: Sequence[str]) -> None:
+    """Tokenizer and chat template give back what they are given, lengths fit, and the reward can be earned."""
+    if isinstance(config, Online):
+        path, revision = config.policy.path, config.policy.revision
+    elif isinstance(config, SFT | RewardModel):
+        path, revision = config.model.path, config.model.revision
+    else:
+        return
+    if path not in there:
+        return
+    loaded = report.attempt(
+        "tokenizer", lambda: load_tokenizer(path, revision=revision), lambda t: f"{len(t):,} tokens, chat template"
+    )
+    if loaded is None:
+        return
+    renderer = ChatRenderer(loaded, config.chat.system_prompt)
+    demonstrations = records.get("demonstrations")
+    if demonstrations:
+        first = demonstrations[0]
+        report.attempt(
+            "round trip",
+            lambda: renderer.require_round_trip(first.question, response_of(first)),
+            lambda _: "text comes back as it was, and the question stands in the prompt",
+        )
+    if isinstance(config, Online):
+        _check_online(report, config, renderer, records)
+    elif demonstrations:
+        lengths = [sum(map(len, renderer.demonstration_ids(d))) for d in demonstrations]
+        _check_lengths(report, lengths, config.max_tokens)
+    elif "train_pairs" in records:
+        rendered = [renderer.pair_ids(pair) for pair in records["train_pairs"]]
+        _check_lengths(report, [len(p) + max(len(c), len(r)) for p, c, r in rendered], config.max_tokens)
+
+
+def _check_lengths(report: Report, lengths: list[int], limit: int) -> None:
+    """How much of the data is longer than the recipe allows and would be left out."""
+    longer = sum(length > limit for length in lengths)
+    text = f"{longer:,} of {len(lengths):,} longer than max_tokens {limit}, the longest has {max(lengths):,}"
+    if longer == len(lengths):
+        report.add("error", "lengths", f"{text}; raise max_tokens")
+    elif longer > 0.05 * len(lengths):
+        report.add("warning", "lengths", f"{text}; they will be left out: raise max_tokens to keep them")
+    else:
+        report.add("ok", "lengths", text)
+
+
+def _check_online(report: Report, config: Online, renderer: ChatRenderer, records: dict[str, list[Any]]) -> None:
+    if "problems" in records:
+
+        def longest() -> int:
+            prompts = [renderer.prompt(p.id, p.question, p.answer) for p in records["problems"]]
+            require_prompts_fit(prompts, config.rollout)
+            return max(len(prompt.token_ids) for prompt in prompts)
+
+        limit = config.rollout.max_prompt_tokens
+        report.attempt(
+            "prompts", longest, lambda n: f"the longest has {n:,} tokens of rollout.max_prompt_tokens {limit:,}"
+        )
+    report.attempt("rollout engine", lambda: choose_engine(config.rollout.engine), str)
+    if "demonstrations" in records:
+        from train_grpo import reference_solutions
+
+        def reachable() -> int:
+            rules = tuple(r for r in config.rewards if isinstance(r, RuleReward))
+            reward = build_reward(config.model_copy(update={"rewards": rules}), prefill=renderer.prefill, device="cpu")
+            solutions = reference_solutions(config, renderer, records["demonstrations"])
+            require_reachable(reward, solutions)
+            return len(solutions)
+
+        report.attempt(
+            "reward",
+            reachable,
+            lambda n: f"{n} reference solutions, as the policy would write them, earn every rule in full",
+        )
+
+
+def check_sources(report: Report, config: Config) -> None:
+    """Local files of the stages that read other formats than records."""
+    if isinstance(config, PrepareData) and isinstance(config.source, GSM8KSource):
+        path = config.source.path
+        if path is None:
+            report.add("warning", "source", "openai/gsm8k will be downloaded from the hub, and was not checked")
+        else:
+            _exists(report, "source", [Path(path) / name for name in ("train.jsonl", "test.jsonl")])
+    if isinstance(config, CurateData):
+        for source in config.sources:
+            _known(report, f"sources.{source.name}", source.name, source.path, CATALOG)
+        scan = config.decontamination
+        for name, benchmark in scan.against.items() if scan else ():
+            _known(report, f"decontamination.{name}", name, benchmark.path, BENCHMARKS)
+    if isinstance(config, Evaluate):
+        if config.benchmark is not None:
+            _known(report, "benchmark", config.benchmark.name, config.benchmark.path, BENCHMARKS)
+        if config.data_manifest is not None:
+            _exists(report, "data_manifest", [Path(config.data_manifest)])
+
+
+def _known(report: Report, key: str, name: str, path: str | None, known: Any) -> None:
+    if report.attempt(key, lambda: find(name, known), lambda s: s.name) is None:
+        return
+    if path is None:
+        report.add("warning", key, f"{name} will be downloaded from the hub, and was not checked")
+    else:
+        _exists(report, key, [Path(path)])
+
+
+def _exists(report: Report, key: str, paths: list[Path]) -> None:
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        report.add("error", key, f"{', '.join(missing)} does not exist; correct the path in the recipe")
+    else:
+        report.add("ok", key, ", ".join(map(str, paths)))

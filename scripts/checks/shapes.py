@@ -1,0 +1,70 @@
+"""What a model's config.json says of its training: mixture blocks under ZeRO-3, and the size of a checkpoint."""
+
+from __future__ import annotations
+
+from checks.findings import Context, Report, model_source
+from rlhf.config import PPO, SFT, Config, Online, RewardModel
+from rlhf.footprint import Sharding, Trained, optimizer, trained_of, weights
+from rlhf.shapes import ModelShape, find_config, read_shape, shape_of
+
+
+def trained_models(report: Report, config: Config, context: Context) -> dict[str, Trained]:
+    """Role to each model that a stage trains and whose shape is known, from its folder or from the stage that will build it."""
+    if isinstance(config, SFT | RewardModel):
+        models = {"model": (config.model, isinstance(config, SFT))}
+    elif isinstance(config, Online):
+        models = {"policy": (config.policy, True)} | (
+            {"critic": (config.critic, False)} if isinstance(config, PPO) else {}
+        )
+    else:
+        return {}
+    found = {}
+    for role, (model, has_head) in models.items():
+        shape = _shape(report, role, model.path, context)
+        if shape is not None:
+            found[role] = trained_of(model, shape, Sharding(), has_head=has_head)
+    return found
+
+
+def _shape(report: Report, role: str, path: str, context: Context) -> ModelShape | None:
+    file = find_config(path)
+    if file is None and (source := model_source(context, path)) is not None:
+        a = source.architecture
+        return shape_of({
+            "model_type": "qwen3", "vocab_size": source.vocab_size, "hidden_size": a.hidden_size, "intermediate_size": a.intermediate_size,
+            "num_hidden_layers": a.num_layers, "num_attention_heads": a.num_heads, "num_key_value_heads": a.num_kv_heads,
+            "head_dim": a.head_dim, "tie_word_embeddings": True,
+        })  # fmt: skip
+    if file is None:
+        return None
+    try:
+        return read_shape(file)
+    except ValueError as error:
+        report.add("error", f"{role}: config.json", str(error))
+        return None
+
+
+def checkpoint_sizes(trained: dict[str, Trained]) -> dict[str, tuple[int, int]]:
+    """Role to (bytes of weights, bytes of optimizer) in a checkpoint: all ranks' shards together are the whole."""
+    whole = Sharding()
+    return {role: (int(weights(model, whole, 1)), int(optimizer(model, whole, 1))) for role, model in trained.items()}
+
+
+def check_leaves(report: Report, config: Config, context: Context, trained: dict[str, Trained]) -> None:
+    """Mixture blocks, and under ZeRO-3 whether they will be gathered whole."""
+    classes = sorted({name for model in trained.values() for name in model.shape.moe_classes})
+    if not classes:
+        return
+    named = (context.accelerate or {}).get("deepspeed_config", {}).get("deepspeed_moe_layer_cls_names") or ""
+    missing = [name for name in classes if name not in named.split(",")]
+    model = next(m.shape for m in trained.values() if m.shape.moe_classes)
+    text = f"{', '.join(classes)} route {model.experts_per_token} of {model.num_experts} experts in {model.num_moe_layers} layers"
+    if context.zero_stage == 3 and missing:
+        report.add(
+            "error",
+            "mixture blocks",
+            f"{text}; under ZeRO-3 a rank whose tokens miss an expert waits for ever: set deepspeed_moe_layer_cls_names: {','.join(classes)} "
+            "in the accelerate configuration's deepspeed_config",
+        )
+    else:
+        report.add("ok", "mixture blocks", f"{text}; they are ZeRO-3's leaf modules")
