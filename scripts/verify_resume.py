@@ -150,8 +150,13 @@ def differing_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
         if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
             total += max(t.numel() for t in (a, b) if t is not None)
         else:
-            total += int((a.view(torch.uint8) != b.view(torch.uint8)).view(a.numel(), -1).any(1).sum())
+            total += int((_bytes(a) != _bytes(b)).any(1).sum())
     return total
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A row for each number."""
+    return tensor.contiguous().flatten().view(torch.uint8).view(-1, tensor.element_size())
 
 
 def differing_rows(one: list[dict[str, float]], other: list[dict[str, float]]) -> int:
