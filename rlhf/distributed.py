@@ -162,7 +162,7 @@ def optimizer_state(
             # the step is one number for all, moments are laid out as the weights are
             of_weight = value if key == "step" else safe_get_full_optimizer_state(p, key)
             assert of_weight is not None
-            state |= {f"{key}/{name}": of_weight.cpu()} if main else {}
+            state |= {f"{key}/{name}": of_weight.clone().cpu()} if main else {}
     return weights, state
 
 
