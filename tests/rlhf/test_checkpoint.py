@@ -1,10 +1,12 @@
 """Checkpoints are whole or absent, and a damaged one is seen before anything is read from it."""
 
 import json
+import os
 import re
 import resource
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +114,19 @@ def test_what_a_killed_save_or_removal_left_is_cleared_at_the_next_save(tmp_path
     assert checkpoints(tmp_path) == []
     save(tmp_path, 8)
     assert names(tmp_path) == ["step-000008"]
+
+
+def test_every_file_reaches_the_disk_before_the_checkpoint_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd))
+    )
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"rename to {b.name}"), rename(a, b)))
+    save(tmp_path / "checkpoints", 1)
+    assert events == [
+        "policy.safetensors", "state.json", "manifest.json", "writing-000001", "rename to step-000001", "checkpoints"
+    ]  # fmt: skip
 
 
 @pytest.fixture
