@@ -78,6 +78,7 @@ def _prepare(folder: Path, temporary: Path) -> None:
     for leftover in [*folder.glob("writing-*"), *folder.glob("deleting-*")]:
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
+    sync_to_disk(folder.parent)
 
 
 def _publish(temporary: Path, final: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -212,8 +213,23 @@ def _newest_whole(folder: Path, prefix: str) -> tuple[Path | None, str | None]:
 
 def best_of(found: Sequence[Path], key: str) -> Path | None:
     """The checkpoint whose last finished rollout batch had the highest value of a metric; the newer one of equals."""
-    values = [(read_state(checkpoint)["metrics"].get(key, math.nan), checkpoint) for checkpoint in found]
+    values = [(_value(checkpoint, key), checkpoint) for checkpoint in found]
     return max((pair for pair in values if not math.isnan(pair[0])), default=(None, None))[1]
+
+
+def _value(checkpoint: Path, key: str) -> float:
+    try:
+        return float(read_state(checkpoint)["metrics"].get(key, math.nan))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged since it was written
+        return math.nan
+
+
+def best_whole(accelerator: Accelerator, folder: Path, key: str) -> Path | None:
+    """The best of the checkpoints that are as they were written; the same on all ranks."""
+    best = None
+    if accelerator.is_main_process:
+        best = best_of([checkpoint for checkpoint in checkpoints(folder) if fault_of(checkpoint) is None], key)
+    return gather(accelerator, [best])[0]
 
 
 def _remove_superseded(folder: Path, keep: int, keep_best: str | None) -> None:

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 
 from rlhf import training_state
-from rlhf.checkpoint import best_of, checkpoints, newest_whole, read_state, save_checkpoint, sync_to_disk
+from rlhf.checkpoint import best_whole, newest_whole, read_state, save_checkpoint, sync_to_disk
 from rlhf.config import Online
 from rlhf.distributed import gather
 from rlhf.experience import Experience, Ranks, describe, describe_advantages, estimate, has_signal
@@ -248,7 +248,7 @@ class OnlineTrainer:
 
     def _save_best(self, key: str, tokenizer: Any) -> None:
         """The policy of the checkpoint with the highest value of a metric; the trained one when the last batch's is as high."""
-        best = best_of(checkpoints(self.checkpoints), key)
+        best = best_whole(self.accelerator, self.checkpoints, key)
         row = read_state(best)["metrics"] if best is not None else self.last_row
         if best is None or row[key] <= self.last_row.get(key, -math.inf):
             row = self.last_row

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from rlhf.checkpoint import best_of, checkpoints, fault_of, newest_whole, save_checkpoint
+from rlhf.checkpoint import best_of, best_whole, checkpoints, fault_of, newest_whole, save_checkpoint
 
 NUMBERS = 1000
 
@@ -105,6 +105,10 @@ def test_the_newest_stay_and_the_best(tmp_path):
     save(tmp_path, 6, keep_best="reward/total", reward=0.9)  # as good, and newer
     assert names(tmp_path) == ["step-000005", "step-000006"]
     assert best_of(checkpoints(tmp_path), "critic/error") is None
+    (tmp_path / "step-000006/state.json").write_text("{")
+    assert best_whole(Accelerator(), tmp_path, "reward/total") == tmp_path / "step-000005"
+    save(tmp_path, 7, keep_best="reward/total", reward=0.1)
+    assert names(tmp_path) == ["step-000005", "step-000006", "step-000007"]
 
 
 def test_what_a_killed_save_or_removal_left_is_cleared_at_the_next_save(tmp_path):
@@ -125,7 +129,7 @@ def test_every_file_reaches_the_disk_before_the_checkpoint_has_its_name_and_the_
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"rename to {b.name}"), rename(a, b)))
     save(tmp_path / "checkpoints", 1)
     assert events == [
-        "policy.safetensors", "state.json", "manifest.json", "writing-000001", "rename to step-000001", "checkpoints"
+        tmp_path.name, "policy.safetensors", "state.json", "manifest.json", "writing-000001", "rename to step-000001", "checkpoints"
     ]  # fmt: skip
 
 
