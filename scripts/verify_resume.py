@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from rlhf.checkpoint import checkpoints
 from rlhf.config import Config, Online, load_config
 from rlhf.metrics import CLOCK, read_jsonl
+from rlhf.run import FINISHED
 
 ROOT = Path(__file__).parents[1]
 ATTEMPTS = 5
@@ -106,7 +107,7 @@ def kill_at(runs: Runs, name: str, *, after: float, in_a_write: bool) -> str | N
     wait_until(process, lambda: has_begun(run))
     wait_until(process, lambda: False, after)
     writing = in_a_write and wait_until(process, lambda: any((run / "checkpoints").glob("writing-*")))
-    alive = process.poll() is None
+    alive = process.poll() is None and not (run / FINISHED).exists()
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
