@@ -115,8 +115,9 @@ def main() -> int:
     if arguments.command == "memory":
         from benchmarks.memory import compare, table
 
-        settings = {"size": arguments.model, "threads": arguments.threads, "malloc": arguments.malloc}
-        rows = [compare(case, **settings) for case in arguments.case or MEMORY_CASES]
+        size, threads, malloc = arguments.model, arguments.threads, arguments.malloc
+        names = arguments.case or MEMORY_CASES
+        rows = [compare(case, size=size, threads=threads, malloc=malloc) for case in names]
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
         print(table(rows))
