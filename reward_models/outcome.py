@@ -136,8 +136,8 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
         "std": both.std().item(),
         "num_pairs": len(heldout_pairs),
     }
+    save_model(trained, config.output_dir, write=trainer.accelerator.is_main_process)
     if trainer.accelerator.is_main_process:
-        save_model(trained, config.output_dir)
         tokenizer.save_pretrained(config.output_dir)
         write_json(Path(config.output_dir) / STATISTICS, statistics)
     return statistics

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_obj
 from torch import Tensor, nn
 
 from rlhf.run import num_ranks
+from rlhf.shapes import moe_blocks
 
 
 def start(seed: int) -> Accelerator:
@@ -154,6 +155,22 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 @contextmanager
+def loaded_whole(accelerator: Accelerator) -> Iterator[None]:
+    """Models that transformers loads inside are whole on every rank, also where ZeRO-3 would shard them from the start."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
+
+
+@contextmanager
 def whole(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
     """Sharded parameters are whole inside; every rank must enter with the same ones.
 
@@ -177,14 +194,12 @@ def mark_leaf_modules(model: nn.Module) -> list[str]:
     """Tell ZeRO-3 to gather each mixture-of-experts block at once; returns their names.
 
     Which experts run differs from rank to rank: gathered one by one, they would be gathered in different orders, which hangs.
-    A block is a module with a child `experts`, whatever its class.
-
     Raises:
         ValueError: when the model's config counts experts and no block was found.
     """
-    blocks = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "experts", None), nn.Module)}
+    blocks = dict(moe_blocks(model))
     for block in blocks.values():
-        block._z3_leaf = True  # type: ignore[assignment]
+        block._z3_leaf = True
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     counted = {key: n for c in configs for key in EXPERT_COUNTS if (n := getattr(c, key, None)) and n > 1}
     if counted and not blocks:

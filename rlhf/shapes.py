@@ -147,32 +147,8 @@ def meta_model(raw: dict[str, Any], origin: str) -> Any:
 
 
 def moe_blocks(model: Any) -> list[tuple[str, Any]]:
-    """Name and module of each block that has experts and something that routes tokens to them.
-
-    A router is a linear map to as many numbers as there are experts, whatever its class: experts that receive no token on one
-    rank are gathered by the other ranks only, and ZeRO-3 waits for ever, so such blocks must be gathered whole.
-    """
-    found = []
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        experts = children.get("experts")
-        if experts is None:
-            continue
-        count = len(experts) if hasattr(experts, "__len__") else _leading_size(experts)
-        routers = [
-            child
-            for key, child in children.items()
-            if key != "experts" and any(p.dim() == 2 and p.shape[0] == count for p in child.parameters())
-        ]
-        if count > 1 and routers:
-            found.append((name, module))
-    return found
-
-
-def _leading_size(experts: Any) -> int:
-    """Experts fused into one tensor are its first dimension."""
-    sizes = [p.shape[0] for p in experts.parameters() if p.dim() == 3]
-    return sizes[0] if sizes else 0
+    """Name and module of each mixture-of-experts block: a module with a child `experts`, whatever its class."""
+    return [(name, module) for name, module in model.named_modules() if "experts" in dict(module.named_children())]
 
 
 def _linear(model: Any) -> tuple[tuple[str, int, int, int], ...]:

@@ -75,7 +75,7 @@ def check_stage(report: Report, config: Config, context: Context) -> None:
     there = inputs.check_models(report, config, context)
     inputs.check_text(report, config, records, there)
     trained = shapes.trained_models(report, config, context)
-    shapes.check_leaves(report, config, context, trained)
+    shapes.check_leaves(report, trained)
     environment.check_disk(report, config, shapes.checkpoint_sizes(trained))
 
 

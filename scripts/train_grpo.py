@@ -5,7 +5,7 @@ from data.records import Demonstration, Problem, read_records
 from reward_models.composite import build_reward, require_reachable
 from rlhf.config import GRPO, PPO, Online, RewardModelReward
 from rlhf.critic import load_critic
-from rlhf.distributed import start
+from rlhf.distributed import loaded_whole, start
 from rlhf.lora import add_lora
 from rlhf.models import check_model_path, load_causal_lm, load_tokenizer
 from rlhf.rollout.engine import build_engine, require_prompts_fit
@@ -36,12 +36,23 @@ def train_online(config: Online, run: Run) -> None:
     fitting = reference_solutions(config, renderer, demonstrations)
 
     accelerator = start(config.seed)
-    reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device))
+    with loaded_whole(accelerator):  # each rank judges and samples by itself
+        reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device))
     require_reachable(reward_fn, fitting)
     policy = load_causal_lm(config.policy.path, revision=config.policy.revision, dtype=config.policy.dtype)
     if config.policy.lora is not None:
         add_lora(policy, config.policy.lora)
     reference = config.reference
+    critic = load_critic(config.critic) if isinstance(config, PPO) else None
+    with loaded_whole(accelerator):
+        engine = build_engine(
+            config.rollout,
+            config.policy.path,
+            revision=config.policy.revision,
+            stop_token_id=renderer.stop_token_id,
+            decode=renderer.decode,
+            lora=config.policy.lora,
+        )
     trainer = OnlineTrainer(
         config,
         accelerator,
@@ -49,15 +60,8 @@ def train_online(config: Online, run: Run) -> None:
         reference=load_causal_lm(reference.path, revision=reference.revision, dtype=reference.dtype)
         if reference is not None and reference.path is not None
         else None,
-        critic=load_critic(config.critic) if isinstance(config, PPO) else None,
-        engine=build_engine(
-            config.rollout,
-            config.policy.path,
-            revision=config.policy.revision,
-            stop_token_id=renderer.stop_token_id,
-            decode=renderer.decode,
-            lora=config.policy.lora,
-        ),
+        critic=critic,
+        engine=engine,
         prompts=prompts,
         reward_fn=reward_fn,
         probes=[Probe(s.prompt.token_ids, s.token_ids) for s in fitting[:NUM_PROBES]],

@@ -144,7 +144,7 @@ def test_ranks_that_left_do_not_abort_as_they_exit(tmp_path):
 @pytest.mark.slow
 def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, records, tmp_path):
     runs = {}
-    for accelerate_config, ranks in (("single", 1), ("ddp", 2), ("zero3", 2)):
+    for accelerate_config, ranks in (("single", 1), ("ddp", 2), ("pieces", 2)):
         runs[accelerate_config] = launch(
             accelerate_config, ranks, "sft", tmp_path / accelerate_config, f"model.path={model_folder}", "max_tokens=400",
             f"demonstrations={records}/demonstrations.jsonl", "training.num_steps=4", "training.micro_batch_size=8", "training.log_every=1",

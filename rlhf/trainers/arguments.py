@@ -12,7 +12,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from rlhf.checkpoint import MANIFEST, checkpoints, newest_whole, seal, step_of
 from rlhf.config import SFT, RewardModel
-from rlhf.distributed import require_all_ranks
+from rlhf.distributed import mark_leaf_modules, require_all_ranks, zero_stage
 from rlhf.metrics import append_jsonl, truncate_jsonl
 from rlhf.run import num_ranks, say
 
@@ -61,6 +61,8 @@ def last_checkpoint(trainer: Any, output_dir: Path) -> Path | None:
 def run_trainer(trainer: Any, config: SFT | RewardModel) -> None:
     """Train from the newest whole checkpoint, if there is one, on all the ranks that were launched."""
     require_all_ranks(trainer.accelerator)
+    if zero_stage(trainer.accelerator) == 3:
+        mark_leaf_modules(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(SealCheckpoints())
     checkpoint = last_checkpoint(trainer, Path(config.output_dir))

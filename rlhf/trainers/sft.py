@@ -120,10 +120,10 @@ def train(
     share = require_trained_stop_token(first, stop_token_id=examples[0].response_ids[-1], pad_token_id=pad_token_id)
     say(f"{share:.0%} of the tokens are trained on, stop token included")
     run_trainer(trainer, config)
+    # Not the trainer's save_model, which adds a pickle of the training arguments.
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    trained.config.use_cache = True
+    save_model(trained, folder, write=trainer.accelerator.is_main_process)
     if trainer.accelerator.is_main_process:
-        # Not save_model, which adds a pickle of the training arguments.
-        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-        trained.config.use_cache = True
-        save_model(trained, folder)
         tokenizer.save_pretrained(folder)
     return {"loss": trainer.state.log_history[-1].get("train_loss", float("nan")), "trained_share": share}
