@@ -39,7 +39,7 @@ def rows_of(trainer):
 def weights_of(trainer):
     return [
         *(p.detach() for learner in trainer.updater.learners.values() for p in learner.unwrapped.parameters()),
-        *(p for module in trainer.updater.followers.values() for p in module.parameters()),
+        *(p for follower in trainer.updater.followers.values() for p in follower.state_dict().values()),
     ]
 
 
