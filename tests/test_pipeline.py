@@ -81,7 +81,8 @@ def test_the_demo_in_small_goes_through_every_stage_and_twice_to_the_same_number
 @pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="needs ../shared/data/gsm8k")
 def test_real_gsm8k_text_goes_through_every_stage(tmp_path):
-    summary, _ = run_pipeline(tmp_path, "recipes/gsm8k/smoke/pipeline.yaml", "outputs/gsm8k-smoke", {})
+    fewer = {"sft": ["training.num_steps=40"]}
+    summary, _ = run_pipeline(tmp_path, "recipes/gsm8k/smoke/pipeline.yaml", "outputs/gsm8k-smoke", fewer)
     check_summary(summary, 100)
     records = json.loads((tmp_path / "data/run.json").read_text())["records"]
     assert records["demonstrations"] == 7473

@@ -163,9 +163,9 @@ def test_seconds_are_divided_by_the_tokens_they_went_to():
 
 @pytest.mark.slow
 def test_whole_steps_of_both_sides_sample_completions_of_the_same_lengths():
-    figures = compare_steps(StepSpec(side="ours", folder="", engine="transformers", scale=0.1, steps=4), against="trl")
-    # 32 completions of about 15 tokens, geometric: the sum of five batches lies within 30 % of its mean
+    figures = compare_steps(StepSpec(side="ours", folder="", engine="transformers", scale=0.1, steps=2), against="trl")
+    # 32 completions of about 15 tokens, geometric: the mean of two batches lies within 40 % of that
     for side in ("ours", "peer"):
-        assert figures[side]["tokens"] == pytest.approx(32 * 14.5, rel=0.3)
+        assert figures[side]["tokens"] == pytest.approx(32 * 14.5, rel=0.4)
     assert figures["ratio_cpu"] > 0
     assert figures["parts"].keys() >= {"rollout", "train", "sync"}
