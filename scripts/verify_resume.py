@@ -3,8 +3,8 @@
     python scripts/verify_resume.py recipes/tiny/grpo.yaml training.num_batches=15 --kills 20
 
 Each kill is a trial of its own: SIGKILL to all processes of the run, then the same command again until it finishes. Every second kill
-waits for a checkpoint that is being written and comes in the middle of it. The exit code is 0 when every trial ended as the run left
-alone, 1 when one did not, 2 when a run failed. Equality to the last bit holds on one CPU rank.
+waits for a checkpoint that is being written and comes in the middle of it. The exit code is 0 when every trial went on from a
+checkpoint, if it had one, and ended as the run left alone, 1 when one did not, 2 when a run failed. Equality to the last bit holds on one CPU rank.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rlhf.metrics import CLOCK, read_jsonl
 from rlhf.run import FINISHED
 
 ROOT = Path(__file__).parents[1]
+FROM_THE_BEGINNING = "from the beginning"
 ATTEMPTS = 5
 """At a kill that comes before the run ends."""
 
@@ -78,6 +79,8 @@ class Trial:
     """Where it had come to."""
     resumed: str
     """From where it went on."""
+    started_over: bool
+    """Though there was a checkpoint: what comes out is then equal, and shows nothing."""
     weights: int
     """Numbers in the saved weights that differ from those of the run left alone."""
     rows: int
@@ -169,7 +172,7 @@ def resumed_from(log: Path) -> str:
     lines = [
         line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("resuming")
     ]
-    return lines[-1].removeprefix("resuming ").split(", policy")[0] if lines else "from the beginning"
+    return lines[-1].removeprefix("resuming ").split(", policy")[0] if lines else FROM_THE_BEGINNING
 
 
 def main() -> int:
@@ -221,7 +224,7 @@ def verify(arguments: argparse.Namespace) -> int:
     draw, failures = random.Random(arguments.seed), 0
     for number in range(1, arguments.kills + 1):
         trial = one_trial(runs, number, draw, duration, weights, rows, damage=arguments.damage)
-        failures += bool(trial.weights or trial.rows)
+        failures += bool(trial.started_over or trial.weights or trial.rows)
         print(f"| {number} | {trial.killed} | {trial.resumed} | {trial.weights} | {trial.rows} |", flush=True)
     print(f"{arguments.kills - failures} of {arguments.kills} resumed runs end as the run left alone")
     return int(failures > 0)
@@ -247,10 +250,13 @@ def one_trial(
     run = runs.folder / name
     if damage and flip_a_byte(run, draw):
         killed += ", newest checkpoint damaged"
+    had_checkpoint = bool(checkpoints(run / "checkpoints"))
     runs.finish(name)
+    resumed = resumed_from(run.with_suffix(".log"))
     return Trial(
         killed,
-        resumed_from(run.with_suffix(".log")),
+        resumed,
+        had_checkpoint and resumed == FROM_THE_BEGINNING,
         differing_weights(weights, weights_of(run)),
         differing_rows(rows, rows_of(run)),
     )

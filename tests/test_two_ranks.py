@@ -194,7 +194,7 @@ def weights_after(accelerate_config, num_ranks, models, output):
 def steps_of_one_rank(models, tmp_path_factory):
     weights = weights_after("single", 1, models, tmp_path_factory.mktemp("one") / "weights")
     assert {key for key in weights if key.endswith("grad_norm")} == {
-        "grpo.policy/grad_norm", "entropy.policy/grad_norm", "average.policy/grad_norm", "ppo.policy/grad_norm",
+        "grpo.policy/grad_norm", "entropy.policy/grad_norm", "average.policy/grad_norm", "frozen.policy/grad_norm", "ppo.policy/grad_norm",
         "ppo.critic/grad_norm", "moe.policy/grad_norm", "mixtral.policy/grad_norm",
     }  # fmt: skip
     return weights

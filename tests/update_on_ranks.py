@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from rlhf.config import PPO, load_config
 from rlhf.critic import load_critic
-from rlhf.distributed import gather, leave, start, whole
+from rlhf.distributed import gather, leave, start, whole, zero_stage
 from rlhf.experience import Ranks, estimate
 from rlhf.lora import add_lora
 from rlhf.metrics import Metrics
 from rlhf.models import load_causal_lm
+from rlhf.shapes import moe_blocks
 from rlhf.types import Prompt, Rollout, Score
 from rlhf.updater import Updater
 
@@ -39,7 +40,8 @@ FAMILY = {
         "reference={kind: moving_average, mix: 0.5, every_steps: 1}",
         "algorithm.kl_coefficient=0.1",
     ),
-    "moe": ("moe", "grpo"),
+    "frozen": ("base", "grpo", "reference={kind: frozen, path: the model}", "algorithm.kl_coefficient=0.1"),
+    "moe": ("moe", "grpo", "optimizer.warmup_steps=2"),
     "mixtral": ("mixtral", "grpo"),
     "ppo": (
         "base",
@@ -102,7 +104,12 @@ def take_steps(recipe, model, *overrides):
         critic = load_critic(config.critic.model_copy(update={"path": model}))
         with whole([critic.score.weight], write=True):
             torch.nn.init.normal_(critic.score.weight, std=0.3)
-    updater = Updater(config, accelerator, policy=policy, critic=critic, pad_token_id=0)
+    frozen = config.reference is not None and config.reference.kind == "frozen"
+    reference = load_causal_lm(model, revision=None, dtype="float32") if frozen else None
+    updater = Updater(config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=0)
+    if zero_stage(accelerator) == 3:
+        for learner in updater.learners.values():
+            assert all(block._z3_leaf for _, block in moe_blocks(learner.unwrapped)), "a block of experts is no leaf"
     for name, learner in updater.learners.items():
         bound = (config.optimizer if name == "policy" else config.critic.optimizer).max_grad_norm
         engine_bound = learner.module.gradient_clipping() if hasattr(learner.module, "gradient_clipping") else bound

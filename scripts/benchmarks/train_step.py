@@ -110,6 +110,10 @@ def choose_setting(options: Options, spec: Spec, sequences: int) -> tuple[Spec, 
             continue
         tried[setting] = outcome.samples[0].cpu
         say(f"trl {setting}: {tried[setting]:.2f} CPU-s")
+    if not tried:
+        raise MemoryError(
+            f"no setting of TRL's fits here: {', '.join(options.settings)}; name a smaller one, such as --setting on:1"
+        )
     return with_setting(spec, min(tried, key=lambda s: tried[s]), sequences), tried
 
 
