@@ -574,16 +574,70 @@ class Guards(Section):
     """Nats per token between the engine that samples and the trainer, on policy."""
     max_undecided_share: Share = 0.1
     """Share of completions the grader may fail to judge."""
+    max_kl_stale: Annotated[float, Field(gt=0)] = 1.0
+    """The same bound for rollouts of an older policy, with training.max_staleness above 0."""
     freshness_tolerance: Annotated[float, Field(gt=0)] = 0.05
     """Mean absolute difference, in nats, between the engine's and the trainer's log-probabilities of a probe after each sync."""
 
 
+class RolloutServer(Section):
+    """vLLM servers that sample: on other hosts or GPUs, or on other cores of this one (see docs/guides/servers.md)."""
+
+    urls: tuple[Annotated[str, Field(pattern=r"^https?://[^/]+$")], ...] = ()
+    """Of replicas that scripts/serve.py started elsewhere. Without any, the main process starts `replicas` here."""
+    replicas: PositiveInt = 1
+    first_port: Annotated[int, Field(ge=1024, le=65_000)] = 8400
+    """Replicas started here listen on it and on the ports after it, on the loopback interface."""
+    devices: tuple[str, ...] = ()
+    """What each replica started here may use, such as "4,5": its CUDA_VISIBLE_DEVICES, or its cores on a CPU."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share one copy of the weights."""
+    data_parallel: PositiveInt = 1
+    """Copies of the weights behind one URL."""
+    weights: Literal["folder", "nccl"] = "folder"
+    """How new weights get there: as files in a folder that every host sees, or from GPU to GPU."""
+    folder: str | None = None
+    """For the files; by default in memory for replicas started here, and under output_dir for others."""
+    update_in_flight: bool = False
+    """Replace the weights in the middle of completions instead of waiting for their end (https://arxiv.org/abs/2509.19128); asynchronous only."""
+    request_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """After which a request goes to another replica."""
+    patience_seconds: Annotated[float, Field(gt=0)] = 900.0
+    """How long the run waits when no replica answers, starting included."""
+
+    @model_validator(mode="after")
+    def _devices_of_each(self) -> RolloutServer:
+        if self.devices and len(self.devices) != self.replicas:
+            raise ValueError(
+                f"devices names {len(self.devices)} sets and replicas is {self.replicas}; give one for each"
+            )
+        if self.urls and self.devices:
+            raise ValueError("devices is for replicas started here, and urls names others; remove one of them")
+        return self
+
+
 class OnlineRollout(Rollout):
+    engine: Literal["auto", "vllm", "transformers", "server"] = "auto"  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    server: RolloutServer | None = None
+    """For the engine `server`."""
     prompts_per_batch: PositiveInt
     """Over all ranks. A rollout batch is sampled by one policy version."""
     refill_rounds: Annotated[int, Field(ge=0)] = 0
     """How often groups without signal are replaced by fresh prompts' groups before training: dynamic sampling (DAPO,
     https://arxiv.org/abs/2503.14476, section 3.2) with a budget. What is left without signal after the last round stays."""
+
+    @model_validator(mode="after")
+    def _server_has_its_section(self) -> OnlineRollout:
+        if (self.engine == "server") != (self.server is not None):
+            problem = (
+                "there is no rollout.server"
+                if self.server is None
+                else "rollout.server is set, which nothing would read"
+            )
+            raise ValueError(
+                f"rollout.engine is {self.engine} and {problem}; give both (server: {{}} starts one here) or neither"
+            )
+        return self
 
 
 class OnlineTraining(Section):
@@ -594,6 +648,9 @@ class OnlineTraining(Section):
     passes_per_batch: PositiveInt = 1
     tokens_per_micro_batch: PositiveInt
     """Tokens per rank and forward pass, padding included: the memory knob. It never changes the gradient."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Rollout batches that are sampled while older ones are trained on: asynchronous training on rollouts of a policy at most so many batches old.
+    0 is the synchronous loop."""
     layout: Literal["shared", "padded"] = "shared"
     """`shared` computes a prompt once for all its completions and pads nothing, where the model's attention allows it."""
     checkpoint_every: PositiveInt = 10
@@ -653,6 +710,28 @@ class Online(Section):
             raise ValueError(
                 f"training.tokens_per_micro_batch is {self.training.tokens_per_micro_batch}, less than one sequence of "
                 f"rollout.max_prompt_tokens + rollout.max_new_tokens = {self.rollout.max_prompt_tokens + self.rollout.max_new_tokens}; raise it"
+            )
+        if self.training.max_staleness > 0 and self.rollout.engine != "server":
+            raise ValueError(
+                f"training.max_staleness is {self.training.max_staleness} and rollout.engine is {self.rollout.engine}, which samples in the process that trains; "
+                "set rollout.engine to server, or max_staleness to 0"
+            )
+        if self.training.max_staleness > 0 and self.algorithm.sampler_correction == "none":
+            raise ValueError(
+                f"training.max_staleness is {self.training.max_staleness} and algorithm.sampler_correction is none: rollouts of an older policy would be "
+                "trained on as if they were its own; set it to truncate or mask"
+            )
+        if (
+            self.rollout.server is not None
+            and self.rollout.server.update_in_flight
+            and self.training.max_staleness == 0
+        ):
+            raise ValueError(
+                "rollout.server.update_in_flight is true and training.max_staleness is 0, so no completion is ever in flight; raise it to 1"
+            )
+        if self.rollout.server is not None and self.policy.lora is not None and self.policy.lora.sync == "adapter":
+            raise ValueError(
+                "policy.lora.sync is adapter and rollout.engine is server, which takes whole weights; set sync to merged"
             )
         for reward in self.rewards:
             if isinstance(reward, RuleReward) and (reward.buffer_tokens or 0) > self.rollout.max_new_tokens:

@@ -103,9 +103,20 @@ def global_max(accelerator: Accelerator, value: int) -> int:
     return max(gather(accelerator, [value]))
 
 
-def gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:
-    """All ranks' items in rank order, on all ranks."""
-    return gather_object(items) if accelerator.num_processes > 1 else items
+def gather(accelerator: Accelerator, items: list[Any], group: Any = None) -> list[Any]:
+    """All ranks' items in rank order, on all ranks; a second thread needs a `group` of its own."""
+    if accelerator.num_processes == 1:
+        return items
+    if group is None:
+        return gather_object(items)
+    of_ranks: list[list[Any]] = [[]] * accelerator.num_processes
+    torch.distributed.all_gather_object(of_ranks, items, group)
+    return [item for of_rank in of_ranks for item in of_rank]
+
+
+def second_group(accelerator: Accelerator) -> Any:
+    """For the collectives of a second thread: in one group with the first's they would meet in another order on each rank."""
+    return torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
 
 @contextmanager

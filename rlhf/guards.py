@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlhf.config import Guards
 from rlhf.types import Rollout, Score
 
 
@@ -17,16 +18,25 @@ def require_finite(loss: Tensor, name: str = "loss") -> None:
         )
 
 
-def require_fresh(rollouts: Sequence[Rollout], policy_version: int) -> None:
-    stale = {r.policy_version for r in rollouts} - {policy_version}
-    if stale:
+def require_fresh(rollouts: Sequence[Rollout], policy_version: int, *, max_age: int = 0) -> None:
+    """No rollout may come from weights more than `max_age` optimizer steps older than the trainer's, nor from weights it never had."""
+    versions = {r.policy_version for r in rollouts}
+    odd = {version for version in versions if not policy_version - max_age <= version <= policy_version}
+    if odd:
+        allowed = f" and at most {max_age} optimizer steps of age are allowed" if max_age else ""
         raise RuntimeError(
-            f"rollouts come from policy version {min(stale)} while the trainer is at {policy_version}; the engine missed a weight push"
+            f"rollouts come from policy version {min(odd)} while the trainer is at {policy_version}{allowed}; the engine missed a weight push"
         )
 
 
-def require_same_policy(kl_sampler: float, bound: float) -> None:
-    """The engine that sampled and the trainer must be the same policy, before the trainer moves."""
+def require_same_policy(kl_sampler: float, guards: Guards, *, stale: bool = False) -> None:
+    """The engine that sampled and the trainer must be the same policy, before the trainer moves; or near, when it was sampled by an older one."""
+    bound = guards.max_kl_stale if stale else guards.max_kl_sampler
+    if not kl_sampler <= bound and stale:
+        raise RuntimeError(
+            f"policy/kl_sampler is {kl_sampler:.3g} nats per token, above guards.max_kl_stale {bound:g}: the policy has moved too far since these rollouts "
+            "were sampled; lower optimizer.learning_rate or training.max_staleness"
+        )
     if not kl_sampler <= bound:
         raise RuntimeError(
             f"policy/kl_sampler is {kl_sampler:.3g} nats per token, above guards.max_kl_sampler {bound:g}: the engine that samples is not the policy "

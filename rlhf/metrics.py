@@ -19,6 +19,8 @@ MEANING = {
     "rollout/tokens": "tokens sampled for the batch, of groups that were replaced too, per rank",
     "rollout/tokens_per_second": "tokens sampled per second and rank",
     "rollout/refilled": "share of groups without signal that rollout.refill_rounds replaced",
+    "rollout/age": "optimizer steps the trainer had taken since the weights that sampled, mean over completions; 0 in the synchronous loop",
+    "rollout/hidden": "share of the time of sampling and scoring that training did not have to wait for, with training.max_staleness",
     "rollout/length": "mean tokens of a completion",
     "rollout/truncated": "share of completions cut by max_new_tokens",
     "rollout/undecided": "share of completions the grader could not judge; their groups are left out",
@@ -51,7 +53,7 @@ MEANING = {
 }
 """Components named in a recipe add `reward/<name>`."""
 
-CLOCK = ("seconds/", "share/", "memory/", "rollout/tokens_per_second", "train/tokens_per_second")
+CLOCK = ("seconds/", "share/", "memory/", "rollout/hidden", "rollout/tokens_per_second", "train/tokens_per_second")
 """Beginnings of the keys that the machine decides; the others are the run's own and the same each time on one CPU rank."""
 
 

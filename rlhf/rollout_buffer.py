@@ -28,6 +28,15 @@ class RolloutBuffer:
     """Optimizer steps on this batch."""
 
 
+def unjudged(
+    rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metrics, seconds: dict[str, float]
+) -> RolloutBuffer:
+    """A rollout batch as sampled, whose advantages the policy of the update has yet to say."""
+    nothing = tuple(torch.zeros(0) for _ in rollouts)
+    experience = Experience(list(rollouts), list(scores), nothing, torch.zeros(len(rollouts), dtype=torch.bool))
+    return RolloutBuffer(experience, metrics, seconds)
+
+
 def to_files(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, of all rollouts end to end, and JSON; `from_files` makes the very same buffer of them."""
     experience = buffer.experience

@@ -60,12 +60,13 @@ def write_shared(folder: Path, files: Mapping[str, Mapping[str, Tensor]], state:
     return [*paths, _write_json(folder / STATE, state)]
 
 
-def write_rank(folder: Path, rank: int, buffer: RolloutBuffer | None) -> list[Path]:
-    """Every rank's own part."""
+def write_rank(folder: Path, rank: int, buffers: Mapping[str, RolloutBuffer]) -> list[Path]:
+    """Every rank's own part, with its rollout batches that are not trained on to the end, by a name for each."""
     tensors, document = _random_state()
-    if buffer is not None:
-        of_buffer, document["buffer"] = to_files(buffer)
-        tensors |= {f"buffer.{name}": tensor for name, tensor in of_buffer.items()}
+    document["buffers"] = {}
+    for key, buffer in buffers.items():
+        of_buffer, document["buffers"][key] = to_files(buffer)
+        tensors |= {f"{key}.{name}": tensor for name, tensor in of_buffer.items()}
     return [
         _write_tensors(folder / f"rank-{rank}.safetensors", tensors),
         _write_json(folder / f"rank-{rank}.json", document),
@@ -92,19 +93,25 @@ def restore(
 
 def restore_rank(
     folder: Path, rank: int, num_ranks: int, *, saved_ranks: int, minibatches: int
-) -> RolloutBuffer | None:
-    """This rank's random state, where there was such a rank, and its share of the rollout batch under way, if one was."""
+) -> dict[str, RolloutBuffer]:
+    """This rank's random state, where there was such a rank, and its share of the rollout batches that were stored."""
     documents = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(saved_ranks)]
     tensors = [load_file(folder / f"rank-{r}.safetensors") for r in range(saved_ranks)]
     if rank < saved_ranks:
         _set_random_state(tensors[rank], documents[rank])
-    if "buffer" not in documents[0]:
-        return None
-    buffers = [
-        from_files({name.removeprefix("buffer."): t for name, t in of_rank.items()}, document["buffer"])
-        for of_rank, document in zip(tensors, documents, strict=True)
-    ]
-    return share_of(buffers, rank, num_ranks, minibatches=minibatches)
+
+    def of_all_ranks(key: str) -> list[RolloutBuffer]:
+        start = f"{key}."
+        return [
+            from_files(
+                {n.removeprefix(start): t for n, t in of_rank.items() if n.startswith(start)}, document["buffers"][key]
+            )
+            for of_rank, document in zip(tensors, documents, strict=True)
+        ]
+
+    return {
+        key: share_of(of_all_ranks(key), rank, num_ranks, minibatches=minibatches) for key in documents[0]["buffers"]
+    }
 
 
 def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

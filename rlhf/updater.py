@@ -123,6 +123,8 @@ class Updater:
             self.critic = Learner(beside(accelerator), module, config.critic.optimizer, num_steps=num_steps)
         self._plans: list[list[MicroBatch]] = []
         """Of the update under way."""
+        self._stale = False
+        """Whether it is on rollouts of an older policy."""
         self.policy_version = 0
         self.kl_coefficient = config.algorithm.kl_coefficient
         self.entropy_coefficient, self._last_entropy = config.algorithm.entropy_coefficient, math.inf
@@ -226,6 +228,7 @@ class Updater:
             self._plan(experience, range(m * rows_per_minibatch, (m + 1) * rows_per_minibatch))
             for m in range(training.minibatches_per_batch)
         ]
+        self._stale = any(r.policy_version < self.policy_version - steps_taken for r in experience.rollouts)
         moves_policy = batch >= self.warmup_batches
         if moves_policy and steps_taken == 0:
             # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.
@@ -334,7 +337,7 @@ class Updater:
                 total_loss += loss.item()
                 if last:
                     means = self._means(local)
-                    require_same_policy(means.get("policy/kl_sampler", 0.0), self.config.guards.max_kl_sampler)
+                    require_same_policy(means.get("policy/kl_sampler", 0.0), self.config.guards, stale=self._stale)
                 self.policy.backward(loss)  # 0, with a gradient of 0, on an idle pass
         metrics.add("policy/grad_norm", total=self.policy.step(), count=1)
         self.policy_version += 1

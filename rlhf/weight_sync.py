@@ -23,7 +23,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
-    """How far the engine is from the trainer on the probe, in nats per token (means of absolute differences)."""
+    """How far the engine is from the trainer on the probe, in nats per token (means of absolute differences), at its worst copy of the weights."""
 
     error: float
     """Engine against the trainer's weights now."""
@@ -76,12 +76,10 @@ class WeightSync:
         return freshness
 
     def _check(self, current: torch.Tensor) -> Freshness:
-        engine = torch.tensor(
-            [logprob for p in self._probes for logprob in self._engine.score(p.prompt_ids, p.completion_ids)]
-        )
+        by_copy = self._engine_logprobs()
         freshness = Freshness(
-            error=(engine - current).abs().mean().item(),
-            stale_error=(engine - self._previous).abs().mean().item(),
+            error=(by_copy - current).abs().mean(1).max().item(),
+            stale_error=(by_copy - self._previous).abs().mean(1).min().item(),
             moved=(current - self._previous).abs().mean().item(),
             level=current.mean().item(),
         )
@@ -94,6 +92,13 @@ class WeightSync:
                 "if the engine computes in a lower precision"
             )
         return freshness
+
+    def _engine_logprobs(self) -> torch.Tensor:
+        """[copies of the weights, tokens of all probes]; a copy that was lost between two probes is left out of neither, so it is asked again."""
+        while True:
+            scores = [self._engine.score(probe.prompt_ids, probe.completion_ids) for probe in self._probes]
+            if len({len(copies) for copies in scores}) == 1:
+                return torch.cat([torch.tensor(copies) for copies in scores], 1)
 
     @torch.no_grad()
     def _trainer_logprobs(self) -> torch.Tensor:

@@ -52,6 +52,7 @@ def train_online(config: Online, run: Run) -> None:
             stop_token_id=renderer.stop_token_id,
             decode=renderer.decode,
             lora=config.policy.lora,
+            run_folder=run.folder,
         )
     trainer = OnlineTrainer(
         config,

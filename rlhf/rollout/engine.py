@@ -6,9 +6,10 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rlhf.config import Lora, PolicyLora
+from rlhf.config import Lora, OnlineRollout, PolicyLora
 from rlhf.config import Rollout as RolloutConfig
 from rlhf.types import Prompt, Rollout
 
@@ -52,8 +53,8 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
-        """Log-probability of each completion token given what precedes it, at temperature 1: [T]."""
+    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[list[float]]:
+        """Log-probability of each completion token given what precedes it, at temperature 1: [T] by each copy of the weights that samples."""
         ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
@@ -70,11 +71,13 @@ class RolloutEngine(Protocol):
 
 
 def choose_engine(name: str) -> str:
-    """`vllm` or `transformers` for a recipe's `rollout.engine`.
+    """`vllm`, `transformers` or `server` for a recipe's `rollout.engine`.
 
     Raises:
         ValueError: when the recipe insists on vLLM and it is not installed.
     """
+    if name == "server":  # vLLM need only be installed where the servers are
+        return name
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise ValueError(
@@ -109,11 +112,18 @@ def build_engine(
     stop_token_id: int,
     decode: Decode,
     lora: PolicyLora | None = None,
+    run_folder: Path | None = None,
 ) -> RolloutEngine:
-    """The engine a recipe asks for, holding the weights at `path`, at policy version 0.
+    """The engine a recipe asks for, holding the weights at `path`, at policy version 0; servers hold none before the first push.
 
     With `lora`, the policy's own block, it takes adapters or merged weights as the block says.
     """
+    if choose_engine(config.engine) == "server":
+        from rlhf.rollout.vllm_server import VLLMServerEngine
+
+        assert isinstance(config, OnlineRollout)
+        assert run_folder is not None
+        return VLLMServerEngine(config, run_folder, stop_token_id=stop_token_id, decode=decode)
     adapter = lora if lora is not None and lora.sync == "adapter" else None
     if choose_engine(config.engine) == "vllm":
         from rlhf.rollout.vllm_colocate import VLLMEngine

@@ -100,10 +100,10 @@ class TransformersEngine:
         return rollouts
 
     @torch.no_grad()
-    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
+    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[list[float]]:
         tokens = torch.tensor([[*prompt_ids, *completion_ids]], device=self._model.device)
         logits = self._model(input_ids=tokens[:, :-1]).logits[0, len(prompt_ids) - 1 :]
-        return token_logprobs(logits, tokens[0, len(prompt_ids) :], temperature=1.0).tolist()
+        return [token_logprobs(logits, tokens[0, len(prompt_ids) :], temperature=1.0).tolist()]
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
         own = dict(self._model.named_parameters())

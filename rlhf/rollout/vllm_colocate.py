@@ -21,6 +21,7 @@ from rlhf.config import Lora
 from rlhf.config import Rollout as RolloutConfig
 from rlhf.lora import peft_config, write_adapter
 from rlhf.rollout.engine import Decode, Sampling
+from rlhf.rollout.vllm_worker import repack_head
 from rlhf.types import FinishReason, Prompt, Rollout
 
 
@@ -110,7 +111,7 @@ class VLLMEngine:
             policy_version=self.policy_version,
         )
 
-    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
+    def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[list[float]]:
         from vllm import SamplingParams
 
         tokens = [*prompt_ids, *completion_ids]
@@ -120,13 +121,13 @@ class VLLMEngine:
         )[0]
         per_position = output.prompt_logprobs
         assert per_position is not None
-        return [per_position[i][tokens[i]].logprob for i in range(len(prompt_ids), len(tokens))]  # type: ignore[index]
+        return [[per_position[i][tokens[i]].logprob for i in range(len(prompt_ids), len(tokens))]]  # type: ignore[index]
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
         self._llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": iter(named_tensors), "is_checkpoint_format": True}
         )
-        self._llm.apply_model(_repack_head)
+        self._llm.apply_model(repack_head)
         self._llm.reset_prefix_cache()
         self.policy_version = policy_version
 
@@ -171,12 +172,3 @@ def _served_rank(rank: int) -> int:
             f"policy.lora.rank is {rank} and vLLM serves adapters up to rank {max(get_args(MaxLoRARanks))}; lower it or set policy.lora.sync to merged"
         )
     return min(fitting)
-
-
-def _repack_head(model: torch.nn.Module) -> None:
-    """Refresh the packed copy of a tied output head, which vLLM's reload on CPUs leaves at the old weights without a word."""
-    head = getattr(model, "lm_head", None)
-    if head is not None and hasattr(head, "cpu_linear"):
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-        dispatch_cpu_unquantized_gemm(head, remove_weight=False)

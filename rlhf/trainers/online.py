@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,20 @@ import torch
 from accelerate import Accelerator
 
 from rlhf import training_state
+from rlhf.ahead import Ahead
 from rlhf.checkpoint import best_whole, newest_whole, read_state, save_checkpoint, sync_to_disk
 from rlhf.config import Online
-from rlhf.distributed import gather
+from rlhf.distributed import gather, second_group
 from rlhf.experience import Experience, Ranks, describe, describe_advantages, estimate, has_signal
 from rlhf.guards import require_fresh, require_judged, require_one_policy
 from rlhf.lora import save_model
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
 from rlhf.rollout.engine import RolloutEngine, Sampling
-from rlhf.rollout_buffer import RolloutBuffer
+from rlhf.rollout_buffer import RolloutBuffer, unjudged
 from rlhf.run import Run, git_revision, peak_memory_gb, say
 from rlhf.types import Prompt, RewardFn, Rollout, Score
 from rlhf.updater import Updater
-from rlhf.weight_sync import Probe, WeightSync, send_weights
+from rlhf.weight_sync import Freshness, Probe, WeightSync, send_weights
 
 PARTS = ("rollout", "reward", "train", "sync")
 """Of a rollout batch's time."""
@@ -91,10 +92,18 @@ class OnlineTrainer:
         self.last_row: dict[str, float] = {}
         self.under_way: RolloutBuffer | None = None
         """The rollout batch that a resumed run goes on with."""
+        waiting: dict[int, RolloutBuffer] = {}
         checkpoint = newest_whole(accelerator, self.checkpoints)
         if checkpoint is not None:
-            self._restore(checkpoint)
+            waiting = self._restore(checkpoint)
+        if checkpoint is not None or engine.policy_version != self.policy_version:
             send_weights(engine, self.unwrapped, policy_version=self.policy_version)
+        self._sampling_group: Any = None
+        self.ahead: Ahead | None = None
+        if config.training.max_staleness > 0:
+            self._sampling_group = second_group(accelerator)
+            first = self.first_batch + (self.under_way is not None)
+            self.ahead = Ahead(self.fill, first=first, ready=waiting)
         if accelerator.is_main_process:
             truncate_jsonl(self.metrics_file, key="batch", below=self.first_batch + 1)
         self.sync = WeightSync(engine, self.unwrapped, probes, tolerance=config.guards.freshness_tolerance)
@@ -128,11 +137,13 @@ class OnlineTrainer:
         training = self.config.training
         history = []
         for batch in range(self.first_batch, training.num_batches):
-            buffer, self.under_way = self.under_way or self.fill(batch), None
+            if self.ahead is not None:
+                self.ahead.go_to(min(batch + training.max_staleness, training.num_batches - 1))
+            buffer, self.under_way = self.under_way or self._next(batch), None
             self._update(buffer, batch)
             metrics, seconds = buffer.metrics, buffer.seconds
             with _timed(seconds, "sync"):
-                freshness = self.sync.push(policy_version=self.policy_version)
+                freshness = self._push()
             require_one_policy(gather(self.accelerator, [freshness.level]))
             metrics.add("sync/error", total=freshness.error, count=1)
             _describe_costs(buffer.experience, seconds, metrics)
@@ -148,13 +159,43 @@ class OnlineTrainer:
         return history
 
     def fill(self, batch: int) -> RolloutBuffer:
-        """Rollout batch number `batch`, sampled, scored and judged."""
+        """Rollout batch number `batch`, sampled and scored."""
         metrics = Metrics()
         seconds: dict[str, float] = {part: 0.0 for part in PARTS}
         rollouts, scores = self.collect(batch, metrics, seconds)
-        with _timed(seconds, "reward"):
-            experience = self.judge(rollouts, scores, metrics)
-        return RolloutBuffer(experience, metrics, seconds)
+        return unjudged(rollouts, scores, metrics, seconds)
+
+    def _next(self, batch: int) -> RolloutBuffer:
+        """Rollout batch number `batch`, judged. Of one sampled ahead, the time counts that the loop had to wait for it."""
+        if self.ahead is None:
+            buffer = self.fill(batch)
+        else:
+            waited = {part: 0.0 for part in PARTS}
+            with _timed(waited, "rollout"):
+                buffer = self.ahead.take(batch)
+            took = buffer.seconds["rollout"] + buffer.seconds["reward"]
+            buffer.metrics.add("rollout/hidden", total=max(took - waited["rollout"], 0.0), count=took)
+            buffer.seconds = waited
+        rollouts, scores = buffer.experience.rollouts, buffer.experience.scores
+        require_fresh(rollouts, self.policy_version, max_age=self._max_age)
+        buffer.metrics.add(
+            "rollout/age", total=sum(self.policy_version - r.policy_version for r in rollouts), count=len(rollouts)
+        )
+        with _timed(buffer.seconds, "reward"):
+            buffer.experience = self.judge(rollouts, scores, buffer.metrics)
+        return buffer
+
+    @property
+    def _max_age(self) -> int:
+        """Optimizer steps the trainer may be ahead of the policy that sampled."""
+        return self.config.training.max_staleness * self.updater.steps_per_batch
+
+    def _push(self) -> Freshness:
+        """The policy to the engine; between two rollout batches, unless its completions may go on with other weights than they began with."""
+        server = self.config.rollout.server
+        in_flight = server is not None and server.update_in_flight
+        with nullcontext() if self.ahead is None or in_flight else self.ahead.between_batches():
+            return self.sync.push(policy_version=self.policy_version)
 
     def _update(self, buffer: RolloutBuffer, batch: int) -> None:
         """The optimizer steps that are left on a rollout batch, with checkpoints between them."""
@@ -183,6 +224,8 @@ class OnlineTrainer:
         """After `batch` rollout batches and the steps on the one in `buffer`, if there is one."""
         training, rank = self.config.training, self.accelerator.process_index
         step = batch * self.updater.steps_per_batch + (buffer.steps_taken if buffer is not None else 0)
+        # Those sampled ahead came from weights that are gone, so they are kept; and only now is it known how many prompts they took.
+        waiting_batches = self.ahead.all_that_wait() if self.ahead is not None else {}
         learners = self.updater.learners
         files = training_state.collect(learners, self.updater.followers)
         state = {
@@ -197,8 +240,11 @@ class OnlineTrainer:
             "git": git_revision(),
         }
 
+        buffers = {"under_way": buffer} if buffer is not None else {}
+        buffers |= {str(number): waiting for number, waiting in waiting_batches.items()}
+
         def write(folder: Path) -> list[Path]:
-            own = training_state.write_rank(folder, rank, buffer)
+            own = training_state.write_rank(folder, rank, buffers)
             if rank > 0:
                 return own
             if self.metrics_file.exists():
@@ -214,18 +260,20 @@ class OnlineTrainer:
             keep_best=training.keep_best,
         )
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _restore(self, checkpoint: Path) -> dict[int, RolloutBuffer]:
+        """Go on from a checkpoint; returns the rollout batches that had been sampled ahead, by their number."""
         state, ranks = read_state(checkpoint), self.accelerator.num_processes
         training_state.restore(checkpoint, state, self.updater.learners, self.updater.followers)
         self.updater.restore(state)
         self.first_batch, self.prompts_used, self.last_row = state["batch"], state["prompts_used"], state["metrics"]
-        self.under_way = training_state.restore_rank(
+        buffers = training_state.restore_rank(
             checkpoint,
             self.accelerator.process_index,
             ranks,
             saved_ranks=state["ranks"],
             minibatches=self.config.training.minibatches_per_batch,
         )
+        self.under_way = buffers.pop("under_way", None)
         within = f" and {self.under_way.steps_taken} optimizer steps of the next" if self.under_way is not None else ""
         say(f"resuming after batch {self.first_batch}{within}, policy version {self.policy_version}")
         if state["ranks"] != ranks:
@@ -234,6 +282,7 @@ class OnlineTrainer:
             )
         if state["git"] != git_revision():
             say(f"the checkpoint is of revision {state['git']} and the code is at {git_revision()}")
+        return {int(number): buffer for number, buffer in buffers.items()}
 
     def save(self, tokenizer: Any) -> None:
         """The trained policy and its tokenizer in the run's folder, the critic in a folder below it, and the best policy in another."""
@@ -284,7 +333,7 @@ class OnlineTrainer:
         for attempt in range(1, rollout.refill_rounds + 1):
             idle = [g for g in range(0, len(scores), size) if not has_signal(scores[g : g + size])]
             prompts = self._take(len(idle))
-            if not sum(gather(self.accelerator, [len(idle)])):
+            if not sum(self._gather_sampling([len(idle)])):
                 break
             fresh, judged = self._sample_and_score(prompts, batch, attempt, metrics, seconds)
             for g, start in enumerate(idle):
@@ -294,7 +343,7 @@ class OnlineTrainer:
                     metrics.add("rollout/refilled", total=1, count=0)
         metrics.add("rollout/refilled", total=0, count=len(scores) // size)
         metrics.add("rollout/tokens", total=0, count=1)
-        share = self._means(metrics)["rollout/undecided"]
+        share = reduce_metrics(self._gather_sampling([metrics.pairs()]))["rollout/undecided"]
         require_judged(share, self.config.guards.max_undecided_share, scores)
         return rollouts, scores
 
@@ -303,9 +352,13 @@ class OnlineTrainer:
         """Prompts of a rollout batch that are this rank's."""
         return self.config.rollout.prompts_per_batch // self.accelerator.num_processes
 
+    def _gather_sampling(self, items: list[Any]) -> list[Any]:
+        """All ranks' items, where rollouts are sampled, which may be a thread beside the training."""
+        return gather(self.accelerator, items, self._sampling_group)
+
     def _take(self, count: int) -> list[Prompt]:
         """This rank's next prompts of the stream, of which every rank takes its own."""
-        wanted = gather(self.accelerator, [count])
+        wanted = self._gather_sampling([count])
         start = self.prompts_used + sum(wanted[: self.accelerator.process_index])
         self.prompts_used += sum(wanted)
         return [self.prompts[i] for i in prompt_stream(len(self.prompts), start, count, seed=self.config.seed)]
@@ -327,10 +380,10 @@ class OnlineTrainer:
         return rollouts, scores
 
     def sample(self, prompts: Sequence[Prompt], batch: int, attempt: int = 0) -> list[Rollout]:
-        """Completions of prompts by the current policy."""
+        """Completions of prompts by the policy that the engine holds."""
         seed = hash((self.config.seed, batch, self.accelerator.process_index, attempt)) & 0x7FFFFFFF
         rollouts = self.engine.generate(prompts, Sampling.of(self.config.rollout), seed=seed)
-        require_fresh(rollouts, self.policy_version)
+        require_fresh(rollouts, self.policy_version, max_age=self._max_age)
         return rollouts
 
     def judge(self, rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metrics) -> Experience:

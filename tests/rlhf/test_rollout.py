@@ -358,7 +358,7 @@ def test_adapters_merged_for_one_engine_and_applied_by_another_are_one_policy(
     scores = []
     for engine in (*engines.values(), *adapter_engines.values()):
         send_weights(engine, adapted, policy_version=1)
-        scores.append([logprob for p in probes for logprob in engine.score(p.prompt_ids, p.completion_ids)])
+        scores.append([logprob for p in probes for logprob in engine.score(p.prompt_ids, p.completion_ids)[0]])
     assert len(scores) == 4
     for other in scores[1:]:
         assert other == pytest.approx(scores[0], abs=2e-5)

@@ -101,7 +101,7 @@ def draw():
 
 def test_the_random_state_of_a_rank_goes_on_where_it_was(tmp_path):
     draw()  # a normal of each kind is cached, a second one of its pair
-    write_rank(tmp_path, 0, None)
+    write_rank(tmp_path, 0, {})
     expected = [draw() for _ in range(3)]
-    assert restore_rank(tmp_path, 0, 1, saved_ranks=1, minibatches=1) is None
+    assert restore_rank(tmp_path, 0, 1, saved_ranks=1, minibatches=1) == {}
     assert [draw() for _ in range(3)] == expected
