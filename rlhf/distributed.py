@@ -109,7 +109,7 @@ def gather(accelerator: Accelerator, items: list[Any], group: Any = None) -> lis
         return items
     if group is None:
         return gather_object(items)
-    of_ranks: list[list[Any]] = [[]] * accelerator.num_processes
+    of_ranks = [list[Any]() for _ in range(accelerator.num_processes)]
     torch.distributed.all_gather_object(of_ranks, items, group)
     return [item for of_rank in of_ranks for item in of_rank]
 

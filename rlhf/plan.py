@@ -298,15 +298,18 @@ def _engine_parts(config: Online, policy: Trained, machine: Machine, work: Onlin
     width = WIDTH[rollout.dtype]
     probe = PROBE_COPIES * 4.0 * work.completion * shape.vocab_size
     found = [Part(name="logits of a probe", when="push of the weights", size=probe)]
+    if rollout.server is not None and (rollout.server.urls or (rollout.server.devices and not machine.device.is_cpu)):
+        return found  # on devices of their own
     if rollout.engine != "transformers" and not machine.device.is_cpu:
         size = rollout.gpu_memory_share * machine.device.memory
         return [*found, Part(name="rollout engine", when=ALWAYS, size=size, note="weights and KV cache of vLLM")]
     engine = width * shape.parameters + (
         4 * policy.trained if policy.lora is not None and config.policy.lora.sync == "adapter" else 0  # type: ignore[union-attr]
     )
-    found.append(Part(name="rollout engine", when=ALWAYS, size=engine))
+    replicas = rollout.server.replicas if rollout.server is not None else 1
+    found.append(Part(name="rollout engine", when=ALWAYS, size=replicas * engine))
     if rollout.engine != "transformers":
-        return [*found, Part(name="KV cache", when=ALWAYS, size=rollout.kv_cache_gb * GIB)]
+        return [*found, Part(name="KV cache", when=ALWAYS, size=replicas * rollout.kv_cache_gb * GIB)]
     rows = min(ENGINE_SEQUENCES, work.sequences)
     cache = rows * (work.prompt + work.completion) * kv_bytes_per_token(shape, rollout.dtype)
     logits = 4.0 * rows * work.completion * shape.vocab_size
@@ -425,12 +428,16 @@ def _online_seconds(
         room = rollout.kv_cache_gb * GIB / per_sequence
     else:
         room = (rollout.gpu_memory_share * device.memory - engine_bytes) / per_sequence
-    together = max(1, min(work.sequences, int(room)))
+    sequences = work.sequences
+    if rollout.server is not None:
+        copies = (len(rollout.server.urls) or rollout.server.replicas) * rollout.server.data_parallel
+        sequences = math.ceil(sequences * machine.count / copies)
+    together = max(1, min(sequences, int(room)))
     read = (engine_bytes + together * per_sequence / 2) / (SAMPLING_EFFICIENCY * device.bandwidth)
     compute = _pass(policy, rollout.dtype, together, context, device, passes=1)
-    sampling = math.ceil(work.sequences / together) * work.completion * max(read, compute)
+    sampling = math.ceil(sequences / together) * work.completion * max(read, compute)
     sampling += _pass(
-        policy, rollout.dtype, work.sequences // rollout.samples_per_prompt * work.prompt, work.prompt, device, passes=1
+        policy, rollout.dtype, sequences // rollout.samples_per_prompt * work.prompt, work.prompt, device, passes=1
     )
     scoring = 0.0
     everything = work.sequences * context
@@ -457,6 +464,8 @@ def _online_seconds(
         scoring += _pass(critic, config.critic.dtype, work.tokens, context, device, passes=1)
     training += work.steps * _reduction(policy, WIDTH[config.policy.dtype], machine)
     sync = WIDTH[config.policy.dtype] * policy.parameters / device.bandwidth
+    if config.training.max_staleness > 0:  # what training does not hide
+        sampling = max(0.0, sampling - training)
     return {"rollout": sampling, "scoring": scoring, "training": training, "sync": sync}
 
 

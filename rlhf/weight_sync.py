@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,17 @@ def send_weights(engine: RolloutEngine, policy: nn.Module, *, policy_version: in
     if engine.lora is not None:
         engine.load_adapter(adapter_parameters(policy), policy_version=policy_version)
     else:
-        engine.load_weights(merged_parameters(policy), policy_version=policy_version)
+        engine.load_weights(_Merged(policy), policy_version=policy_version)
+
+
+class _Merged:
+    """Whole weights with adapters merged, gathered anew each time they are iterated over."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        self._policy = policy
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return merged_parameters(self._policy)
 
 
 class WeightSync:

@@ -1,5 +1,7 @@
 """Group-relative policy optimisation and its family. `accelerate launch scripts/train_grpo.py --config recipes/tiny/grpo.yaml`"""
 
+from contextlib import closing
+
 from data.chat import ChatRenderer, render_response
 from data.records import Demonstration, Problem, read_records
 from reward_models.composite import build_reward, require_reachable
@@ -54,24 +56,25 @@ def train_online(config: Online, run: Run) -> None:
             lora=config.policy.lora,
             run_folder=run.folder,
         )
-    trainer = OnlineTrainer(
-        config,
-        accelerator,
-        policy=policy,
-        reference=load_causal_lm(reference.path, revision=reference.revision, dtype=reference.dtype)
-        if reference is not None and reference.path is not None
-        else None,
-        critic=critic,
-        engine=engine,
-        prompts=prompts,
-        reward_fn=reward_fn,
-        probes=[Probe(s.prompt.token_ids, s.token_ids) for s in fitting[:NUM_PROBES]],
-        pad_token_id=renderer.pad_token_id,
-        run=run,
-    )
-    trainer.train()
-    trainer.save(tokenizer)
-    run.finish(**trainer.summary())
+    with closing(engine):
+        trainer = OnlineTrainer(
+            config,
+            accelerator,
+            policy=policy,
+            reference=load_causal_lm(reference.path, revision=reference.revision, dtype=reference.dtype)
+            if reference is not None and reference.path is not None
+            else None,
+            critic=critic,
+            engine=engine,
+            prompts=prompts,
+            reward_fn=reward_fn,
+            probes=[Probe(s.prompt.token_ids, s.token_ids) for s in fitting[:NUM_PROBES]],
+            pad_token_id=renderer.pad_token_id,
+            run=run,
+        )
+        trainer.train()
+        trainer.save(tokenizer)
+        run.finish(**trainer.summary())
 
 
 def reference_solutions(config: Online, renderer: ChatRenderer, demonstrations: list[Demonstration]) -> list[Rollout]:

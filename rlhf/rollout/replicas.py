@@ -104,7 +104,7 @@ class Replicas:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="replicas", daemon=True)
         self._thread.start()
-        self._watch = asyncio.run_coroutine_threadsafe(self._watch_over(), self._loop)
+        asyncio.run_coroutine_threadsafe(self._watch_over(), self._loop)
 
     @property
     def num_ready(self) -> int:
@@ -148,6 +148,29 @@ class Replicas:
 
         return self._run(ask())
 
+    def answering(self) -> list[str]:
+        """URLs of the servers that answer, ready or not; of at least one.
+
+        Raises:
+            RuntimeError: when none does for `patience_seconds`.
+        """
+
+        async def ask() -> list[str]:
+            waiting_since = time.monotonic()
+            while True:
+                answers = await asyncio.gather(
+                    *(r.call("GET", "/health", seconds=HEALTH_SECONDS) for r in self._replicas), return_exceptions=True
+                )
+                found = [
+                    r.url for r, a in zip(self._replicas, answers, strict=True) if not isinstance(a, BaseException)
+                ]
+                if found:
+                    return found
+                self._give_up_after(waiting_since)
+                await asyncio.sleep(HEALTH_EVERY)
+
+        return self._run(ask())
+
     def want(self, label: str) -> None:
         """Weights of this label from now on, on every replica that can be reached and on others as soon as they can.
 
@@ -163,16 +186,20 @@ class Replicas:
         self._run(bring())
 
     def close(self) -> None:
+        """End everything; a call that waits in another thread is cancelled there."""
+
         async def end() -> None:
-            self._watch.cancel()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
             for replica in self._replicas:
-                for request in replica.requests:
-                    request.cancel()
                 await replica.close()
 
         self._run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -216,15 +243,18 @@ class Replicas:
             ready = [replica for replica in self._replicas if replica.ready]
             if ready:
                 return min(ready, key=lambda replica: replica.tokens_in_flight)
-            obstacle = self._obstacle()
-            if obstacle is not None:
-                raise RuntimeError(obstacle)
-            if time.monotonic() - waiting_since > self._patience:
-                urls = ", ".join(replica.url for replica in self._replicas)
-                raise RuntimeError(
-                    f"no vLLM server was ready for {self._patience:.0f} s ({urls}); look into their logs, or raise rollout.server.patience_seconds"
-                )
+            self._give_up_after(waiting_since)
             await asyncio.sleep(0.05)
+
+    def _give_up_after(self, waiting_since: float) -> None:
+        obstacle = self._obstacle()
+        if obstacle is not None:
+            raise RuntimeError(obstacle)
+        if time.monotonic() - waiting_since > self._patience:
+            urls = ", ".join(replica.url for replica in self._replicas)
+            raise RuntimeError(
+                f"no vLLM server was ready for {self._patience:.0f} s ({urls}); look into their logs, or raise rollout.server.patience_seconds"
+            )
 
     def _lose(self, replica: Replica, reason: str) -> None:
         if replica.ready:

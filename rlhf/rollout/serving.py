@@ -45,7 +45,8 @@ def serve_command(config: Online, *, host: str, port: int) -> list[str]:
     if server.weights == "nccl":
         options["weight-transfer-config"] = '{"backend": "nccl"}'
     if not _has_gpus():
-        flags.append("enforce-eager")
+        # A prompt cut into chunks makes vLLM wind a request's own generator back, which those of a CPU cannot: the server would die.
+        flags += ["enforce-eager", "no-enable-chunked-prefill"]
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *(f"--{flag}" for flag in flags)]
 

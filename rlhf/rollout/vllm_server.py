@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +22,9 @@ from rlhf.rollout.replicas import LostError, Replica, Replicas
 from rlhf.rollout.serving import require_free_port
 from rlhf.run import RECIPE, is_main_process
 from rlhf.types import FinishReason, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from rlhf.rollout.nccl_transfer import NCCLTransfer
 
 FILE_BYTES = 256 * 2**20
 """Of weights in one file, and in memory at a time."""
@@ -45,6 +48,7 @@ class VLLMServerEngine:
         self._stop_token_id, self._decode, self._dtype = stop_token_id, decode, getattr(torch, config.dtype)
         self.policy_version = -1  # whatever a server was started with, its weights come from the trainer
         self._main, self._run_folder = is_main_process(), run_folder
+        self._transfer: NCCLTransfer | None = None
         self._kept_up: list[subprocess.Popen[bytes]] = []
         in_memory = not server.urls and MEMORY.is_dir()
         parent = Path(server.folder) if server.folder is not None else MEMORY if in_memory else run_folder
@@ -54,13 +58,14 @@ class VLLMServerEngine:
         urls = server.urls or [f"http://{HOST}:{server.first_port + i}" for i in range(server.replicas)]
         if self._main and not server.urls:
             self._start_replicas(run_folder)
-        self._run_id = _broadcast(secrets.token_hex(4))
+        self._run_id, self._num_pushes, self._label = _broadcast(secrets.token_hex(4)), 0, ""
+        """A label of weights is the run, the number of the push and the policy version: never the same for two weights."""
         self._replicas = Replicas(
             urls,
             label_prefix=f"{self._run_id}.",
             request_seconds=server.request_seconds,
             patience_seconds=server.patience_seconds,
-            loader=self._load if self._main else None,
+            loader=self._load if self._main and server.weights == "folder" else None,
             obstacle=self._obstacle,
         )
 
@@ -88,7 +93,7 @@ class VLLMServerEngine:
             {
                 "token_ids": list(prompt.token_ids),
                 "sampling_params": {**parameters, "seed": _seed(seed, i)},
-                "cache_salt": str(self.policy_version),  # prefixes computed by other weights are never found
+                "cache_salt": self._label,  # prefixes computed by other weights are never found
             }
             for i, prompt in enumerate(prompts)
         ]
@@ -109,35 +114,35 @@ class VLLMServerEngine:
             logprobs=tuple(token["logprob"] for token in choice["logprobs"]["content"]),
             finish_reason=finish,
             text=self._decode(token_ids),
-            policy_version=min(
-                int(span["version"].removeprefix(self._replicas.label_prefix)) for span in choice["weight_versions"]
-            ),
+            policy_version=min(_version_of(span["version"]) for span in choice["weight_versions"]),
         )
 
     def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[list[float]]:
         tokens = [*prompt_ids, *completion_ids]
         sampling = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0, "detokenize": False}
         # Its own salt: what is scored must not come from the cache of a completion.
-        body = {"token_ids": tokens, "sampling_params": sampling, "cache_salt": f"score {self.policy_version}"}
+        body = {"token_ids": tokens, "sampling_params": sampling, "cache_salt": f"score {self._label}"}
         answers = self._replicas.every("/inference/v1/generate", body)
         places = range(len(prompt_ids), len(tokens))
         return [[answer["prompt_logprobs"][i][str(tokens[i])]["logprob"] for i in places] for answer in answers]
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
-        if self._main:
-            self._write(named_tensors, self._folder_of(policy_version))
+        self._num_pushes += 1
+        before, self._label = self._label, f"{self._run_id}.{self._num_pushes}.{policy_version}"
+        if self._server.weights == "nccl":
+            self._send(named_tensors)
+        elif self._main:
+            self._write(named_tensors, self._folder / self._label)
+            self._replicas.want(self._label)
         else:
             for _ in named_tensors:  # gathering them from ZeRO's pieces takes every rank
                 pass
-        label = f"{self._replicas.label_prefix}{policy_version}"
-        if self._main:
-            self._replicas.want(label)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        if not self._main:
-            self._replicas.want(label)
-        if self._main and self.policy_version not in (policy_version, -1):
-            shutil.rmtree(self._folder_of(self.policy_version))
+        if not self._main or self._server.weights == "nccl":
+            self._replicas.want(self._label)
+        elif before:
+            shutil.rmtree(self._folder / before)
         self.policy_version = policy_version
 
     def load_adapter(self, named_tensors: Iterable[tuple[str, Tensor]], *, policy_version: int) -> None:
@@ -154,9 +159,6 @@ class VLLMServerEngine:
 
     # -------------------------------------------------------------------------------------------------------------------- weights
 
-    def _folder_of(self, policy_version: int) -> Path:
-        return self._folder / f"version-{policy_version}"
-
     def _write(self, named_tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         folder.mkdir()
         file: dict[str, Tensor] = {}
@@ -170,15 +172,25 @@ class VLLMServerEngine:
             size += tensor.nbytes
         save_file(file, folder / f"{number:05}.safetensors")
 
+    def _send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """From GPU to GPU, to the servers that are up."""
+        from rlhf.rollout.nccl_transfer import NCCLTransfer
+
+        if self._transfer is None:
+            self._transfer = NCCLTransfer(self._server.request_seconds)
+        urls = self._replicas.answering() if self._main else []
+        self._transfer.send(named_tensors, self._dtype, urls, self._label)
+
     async def _load(self, replica: Replica) -> None:
         """The wanted weights into a replica, under their label."""
         label = self._replicas.wanted
         assert label is not None
-        folder = self._folder_of(int(label.removeprefix(self._replicas.label_prefix)))
         if self._server.update_in_flight:
             await replica.call("POST", "/pause?mode=keep")
         try:
-            answer = await replica.call("POST", "/collective_rpc", {"method": "load_folder", "args": [str(folder)]})
+            answer = await replica.call(
+                "POST", "/collective_rpc", {"method": "load_folder", "args": [str(self._folder / label)]}
+            )
             if set(answer.get("results", ())) != {"loaded"}:
                 raise LostError(f"it answered {str(answer)[:200]} to new weights")
             await replica.call("POST", "/update_weight_version", {"new_version": label})
@@ -191,6 +203,10 @@ class VLLMServerEngine:
         if len(ended) < len(self._kept_up) or not ended:
             return None
         return f"no vLLM server of this run could be kept up; {self._run_folder / 'server-0.log'} says why"
+
+
+def _version_of(label: str) -> int:
+    return int(label.rpartition(".")[2])
 
 
 def _broadcast(value: str) -> str:

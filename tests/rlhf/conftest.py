@@ -18,10 +18,10 @@ from rlhf.weight_sync import Probe
 
 @pytest.fixture
 def make_trainer(model_folder, renderer, demonstrations, tmp_path):
-    def make(*overrides, folder="run", reward_fn=None, recipe=config):
+    def make(*overrides, folder="run", reward_fn=None, recipe=config, engine=None):
         cfg = recipe(*overrides)
         prompts = [renderer.prompt(d.id, d.question, d.answer) for d in demonstrations[:10]]
-        engine = build_engine(
+        engine = engine or build_engine(
             cfg.rollout,
             model_folder,
             stop_token_id=renderer.stop_token_id,

@@ -39,7 +39,7 @@ def grpo(*overrides):
         ("rewards=[{name: format}]", "rewards has no correctness component"),
         ("rewards=[{name: correctness}, {name: correctness}]", "the same component twice"),
         ("rewards=[{name: reward_model}]", "path"),
-        ("rollout.engine=sglang", "input should be 'auto', 'vllm' or 'transformers'"),
+        ("rollout.engine=sglang", "input should be 'auto', 'vllm', 'transformers' or 'server'"),
     ],
 )
 def test_a_wrong_key_or_value_is_a_sentence_with_its_repair(override, message):

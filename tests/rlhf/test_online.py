@@ -331,7 +331,7 @@ def test_the_loop_compares_the_policies_of_the_ranks_after_each_push(make_traine
     trainer = make_trainer()
     gather = online.gather
 
-    def drifted(accelerator, items):
+    def drifted(accelerator, items, group=None):
         return [*gather(accelerator, items), *[x + 1e-3 for x in items if isinstance(x, float)]]
 
     monkeypatch.setattr(online, "gather", drifted)
