@@ -1091,6 +1091,12 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
         if steps_per_batch == 1
         else f"off policy by up to {steps_per_batch - 1} steps, corrected by the clipped ratio"
     )
+    if training.max_staleness > 0:
+        older = training.max_staleness * steps_per_batch
+        before = (
+            "the batch before is" if training.max_staleness == 1 else f"the {training.max_staleness} batches before are"
+        )
+        policy += f"; sampled while {before} trained on, {older} steps older, corrected by algorithm.sampler_correction"
     return [
         ("ranks", f"{num_ranks}"),
         (

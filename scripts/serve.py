@@ -10,7 +10,7 @@ import os
 import sys
 
 from rlhf.config import Online, load_config
-from rlhf.rollout.serving import keep_up, require_free_port, serve_command, serve_environment
+from rlhf.rollout.serving import confine, keep_up, require_free_port, serve_command, serve_environment
 from rlhf.run import faults_as_sentences
 
 
@@ -33,6 +33,7 @@ def main() -> int:
             )
         require_free_port(arguments.host, arguments.port)
         command = serve_command(config, host=arguments.host, port=arguments.port)
+        confine(arguments.devices)
         parent = os.getppid() if arguments.die_with_parent else None
         return keep_up(command, serve_environment(config, devices=arguments.devices), parent=parent)
 

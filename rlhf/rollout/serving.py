@@ -59,16 +59,48 @@ def serve_environment(config: Online, *, devices: str | None) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.rollout.kv_cache_gb))),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind" if devices is None or _has_gpus() else devices,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the process is confined instead, all of it
     }
     if devices is not None and _has_gpus():
         settings["CUDA_VISIBLE_DEVICES"] = devices
+    elif devices is not None:
+        settings["OMP_NUM_THREADS"] = str(len(cores_of(devices)))
     # What a launcher said of this process's ranks is not the server's.
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
     inherited = {
         key: value for key, value in os.environ.items() if key not in ranks and not key.startswith("TORCHELASTIC")
     }
     return {**inherited, **settings}
+
+
+def confine(devices: str | None) -> None:
+    """This process, and those it starts, to their cores, where there are no GPUs to tell them apart by."""
+    if devices is not None and not _has_gpus():
+        os.sched_setaffinity(0, cores_of(devices))
+
+
+def require_devices(devices: str) -> None:
+    """Raise when there are no GPUs and these are no cores of this machine."""
+    if not _has_gpus():
+        cores_of(devices)
+
+
+def cores_of(text: str) -> set[int]:
+    """`0-2,7` as {0, 1, 2, 7}.
+
+    Raises:
+        ValueError: for something else, and for cores this machine does not have.
+    """
+    try:
+        ends = [part.split("-") for part in text.split(",")]
+        cores = {core for first, *last in ends for core in range(int(first), int(last[0] if last else first) + 1)}
+    except ValueError:
+        cores = set()
+    if not cores or not cores <= set(range(os.cpu_count() or 1)):
+        raise ValueError(
+            f"rollout.server.devices has {text!r}; without GPUs it names cores from 0 to {(os.cpu_count() or 1) - 1}, such as 0-2,7"
+        )
+    return cores
 
 
 def require_free_port(host: str, port: int) -> None:

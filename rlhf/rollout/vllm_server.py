@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf.config import Lora, OnlineRollout
 from rlhf.rollout.engine import Decode, Sampling
 from rlhf.rollout.replicas import LostError, Replica, Replicas
-from rlhf.rollout.serving import require_free_port
+from rlhf.rollout.serving import require_devices, require_free_port
 from rlhf.run import RECIPE, is_main_process
 from rlhf.types import FinishReason, Prompt, Rollout
 
@@ -72,6 +72,8 @@ class VLLMServerEngine:
     def _start_replicas(self, run_folder: Path) -> None:
         for i in range(self._server.replicas):
             require_free_port(HOST, self._server.first_port + i)
+        for devices in self._server.devices:
+            require_devices(devices)
         for i in range(self._server.replicas):
             devices = ["--devices", self._server.devices[i]] if self._server.devices else []
             command = [sys.executable, str(Path(__file__).parents[2] / "scripts/serve.py"), str(run_folder / RECIPE), "--die-with-parent",

@@ -39,6 +39,16 @@ def grpo(*overrides):
         ("rewards=[{name: format}]", "rewards has no correctness component"),
         ("rewards=[{name: correctness}, {name: correctness}]", "the same component twice"),
         ("rewards=[{name: reward_model}]", "path"),
+        ("rollout.engine=server", "there is no rollout.server; give both (server: {} starts one here) or neither"),
+        ("rollout.server={}", "rollout.engine is auto and rollout.server is set, which nothing would read"),
+        ("rollout={engine: server, server: {replicas: 2, devices: ['0']}}", "devices names 1 sets and replicas is 2"),
+        ("rollout={engine: server, server: {urls: ['http://h:1'], devices: ['0']}}", "urls names others"),
+        ("rollout={engine: server, server: {urls: ['h:1']}}", "should match pattern"),
+        (
+            "rollout={engine: server, server: {update_in_flight: true}}",
+            "no completion is ever in flight; raise it to 1",
+        ),
+        ("training.max_staleness=1", "rollout.engine is auto, which samples in the process that trains"),
         ("rollout.engine=sglang", "input should be 'auto', 'vllm', 'transformers' or 'server'"),
     ],
 )
@@ -46,6 +56,17 @@ def test_a_wrong_key_or_value_is_a_sentence_with_its_repair(override, message):
     with pytest.raises(ValueError) as error:
         grpo(override)
     assert message in str(error.value)
+
+
+def test_rollouts_of_an_older_policy_must_be_corrected_for():
+    servers = ("rollout.engine=server", "rollout.server={}", "training.max_staleness=1")
+    with pytest.raises(ValueError, match="sampler_correction is none: rollouts of an older policy"):
+        grpo(*servers)
+    config = grpo(*servers, "algorithm.sampler_correction=truncate")
+    assert dict(batch_arithmetic(config, 1))["data is"] == (
+        "off policy by up to 1 steps, corrected by the clipped ratio; sampled while the batch before is trained on, 2 steps older, corrected by "
+        "algorithm.sampler_correction"
+    )
 
 
 def test_small_numbers_in_scientific_notation_are_numbers():

@@ -1,0 +1,89 @@
+"""How a server is started and kept up, with programs in its place that die at once."""
+
+import socket
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import psutil
+import pytest
+from online_helpers import config
+
+from rlhf.rollout.serving import cores_of, require_free_port, serve_command, serve_environment
+
+KEEPER = "import sys; from rlhf.rollout.serving import keep_up; sys.exit(keep_up(sys.argv[1:], None, parent=None))"
+
+
+def test_the_server_gets_the_recipes_weights_lengths_and_parallelism():
+    recipe = config(
+        "rollout.engine=server", "rollout.server={tensor_parallel: 2, weights: nccl}", "policy.revision=abc", "rollout.dtype=bfloat16"
+    )  # fmt: skip
+    command = serve_command(recipe, host="10.0.0.5", port=8401)
+    options = dict(pairwise(command))
+    assert options["--host"] == "10.0.0.5"
+    assert options["--port"] == "8401"
+    assert options["--model"] == recipe.policy.path
+    assert options["--revision"] == "abc"
+    assert options["--dtype"] == "bfloat16"
+    assert options["--max-model-len"] == "111"  # 100 + 10 and one to score
+    assert options["--tensor-parallel-size"] == "2"
+    assert "nccl" in options["--weight-transfer-config"]
+    assert options["--logprobs-mode"] == "processed_logprobs"  # at the sampling temperature
+
+
+def test_a_server_on_some_cores_has_a_thread_for_each_and_nothing_of_the_ranks(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    recipe = config("rollout.engine=server", "rollout.server={}")
+    environment = serve_environment(recipe, devices="0-1")
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert "RANK" not in environment
+    assert "TORCHELASTIC_RUN_ID" not in environment
+
+
+def test_cores_are_read_as_the_kernel_writes_them():
+    assert cores_of("0") == {0}
+    assert cores_of("0-1") == cores_of("1,0") == {0, 1}
+    for wrong in ("", "a", "1-", "0-99999", "1-0"):
+        with pytest.raises(ValueError, match=r"rollout.server.devices has"):
+            cores_of(wrong)
+
+
+def test_a_port_in_use_is_named_with_the_key_to_change():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} of 127.0.0.1 cannot be used.*rollout.server.first_port"):
+            require_free_port("127.0.0.1", port)
+
+
+def test_a_server_that_cannot_be_started_is_given_up_after_three_times():
+    kept = subprocess.run([sys.executable, "-c", KEEPER, "false"], capture_output=True, text=True, timeout=60)
+    assert kept.returncode == 1
+    assert kept.stdout.count("the server ended with code 1; it is started again") == 3
+
+
+def test_what_a_dead_server_leaves_behind_is_ended_before_it_is_started_again():
+    leave_a_child = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True)"
+    kept = subprocess.run(
+        [sys.executable, "-c", KEEPER, sys.executable, "-c", leave_a_child], capture_output=True, text=True, timeout=60
+    )
+    left = [int(line) for line in kept.stdout.splitlines() if line.isdecimal()]
+    assert len(left) == 3
+    assert not [pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_server_ends_with_the_process_that_wanted_it_even_when_that_is_killed(tmp_path):
+    keeper = "import os; from rlhf.rollout.serving import keep_up; keep_up(['sleep', '600'], None, parent={})"
+    wanting = "import subprocess, sys, os, time; subprocess.Popen([sys.executable, '-c', sys.argv[1].format(os.getpid())]); time.sleep(600)"
+    process = psutil.Popen([sys.executable, "-c", wanting, keeper])
+    deadline = time.monotonic() + 30
+    while not (found := [p for p in process.children(recursive=True) if p.name() == "sleep"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(found, timeout=20)
+    assert not found[0].is_running() or found[0].status() == psutil.STATUS_ZOMBIE
