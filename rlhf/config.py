@@ -71,12 +71,31 @@ class Model(Weights):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: Lora | None = None
     """Train adapters instead of the weights."""
+    quantization: Literal["nf4"] | None = None
+    """Keep the linear layers under the adapters in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314): an eighth or a quarter of their memory."""
+
+    @model_validator(mode="after")
+    def _four_bits_are_not_trained(self) -> Model:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"quantization is {self.quantization} and lora is not set; weights of 4 bits cannot be trained themselves: add lora or remove quantization"
+            )
+        return self
 
 
 class Policy(Model):
     """Weights to start from, which a rollout engine follows."""
 
     lora: PolicyLora | None = None  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+
+    @model_validator(mode="after")
+    def _the_engine_must_have_the_same_base(self) -> Policy:
+        if self.quantization is not None and self.lora is not None and self.lora.sync == "adapter":
+            raise ValueError(
+                f"quantization is {self.quantization} and lora.sync is adapter; the engine would put the adapter on the weights of path and not on the "
+                "quantised ones that it is trained on: set lora.sync to merged"
+            )
+        return self
 
 
 class Optimizer(Section):

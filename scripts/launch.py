@@ -19,9 +19,9 @@ from launching.show import show_plan
 
 from rlhf.config import batch_arithmetic, load_config
 from rlhf.hardware import parse_gpus
-from rlhf.launch.layout import SSH, Launch, parse_hosts, read_ranks, serving_commands
+from rlhf.launch.layout import SSH, Host, Launch, parse_hosts, read_ranks, server_urls, serving_commands
 from rlhf.launch.slurm import SRUN, batch_script
-from rlhf.launch.supervise import TimeLimitNear, check_hosts, signals_end_the_launch, supervise
+from rlhf.launch.supervise import TimeLimitNear, check_hosts, serving, signals_end_the_launch, supervise, wait_for_hosts
 from rlhf.run import check_output_dir, faults_as_sentences, finished, say
 
 
@@ -33,6 +33,10 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--hosts", default="", help="name or name=address, separated by commas; the first has rank 0")
     main.add_argument("--serving-hosts", default="", help="hosts that serve completions, where the recipe has a server")
     main.add_argument(
+        "--serving-nodes", type=int, default=0, help="how many nodes of a SLURM job serve, besides --nodes"
+    )
+    main.add_argument("--serving-port", type=int, default=8400, help="on every serving host: %(default)s")
+    main.add_argument(
         "--accelerate", metavar="FILE", required=True, help="accelerate configuration of all nodes together"
     )
     main.add_argument("--ssh", default=SSH, metavar="TEMPLATE", help="what reaches a host: %(default)s")
@@ -43,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--python", default=sys.executable, help="the same on every host")
     main.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="for every host's ranks")
     main.add_argument("--restarts", type=int, default=3, help="at most, after a rank or a host died")
+    main.add_argument("--wait", type=float, default=600.0, help="seconds for lost hosts to come back before a restart")
     main.add_argument("--logs", type=Path, help="by default output_dir with .launch behind it")
     main.add_argument("--gpus", help="of each host, 8xH100-80GB for instance: adds the memory plan to --dry-run")
     main.add_argument(
@@ -58,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+def serving_hosts(arguments: argparse.Namespace) -> tuple[Host, ...]:
+    """As they were named, or stand-ins for those that SLURM will name."""
+    if arguments.slurm:
+        return parse_hosts([f"SERVING{i}" for i in range(arguments.serving_nodes)])
+    return parse_hosts(arguments.serving_hosts.split(","), "--serving-hosts") if arguments.serving_hosts else ()
+
+
 def plan_launch(arguments: argparse.Namespace) -> Launch:
     """The launch that the command line describes, with everything checked that needs no other host.
 
@@ -65,6 +77,10 @@ def plan_launch(arguments: argparse.Namespace) -> Launch:
         ValueError: for what is wrong with it.
     """
     config = load_config(arguments.recipe, arguments.overrides)
+    urls = server_urls(config, serving_hosts(arguments), arguments.serving_port)
+    if urls and not arguments.slurm:  # there, the job's own launcher learns the names
+        arguments.overrides += urls
+        config = load_config(arguments.recipe, arguments.overrides)
     if not Path(config.script).is_file():
         raise ValueError(
             f"{config.script} is not in {Path.cwd()}; run the launcher from the checkout's folder, as it runs on the hosts"
@@ -94,7 +110,6 @@ def plan_launch(arguments: argparse.Namespace) -> Launch:
         python=arguments.python, ssh=SRUN if arguments.slurm else arguments.ssh, port=arguments.port or ranks.port, environment=environment,
     )  # fmt: skip
     batch_arithmetic(config, ranks.num_processes)
-    serving_commands(config, parse_hosts(arguments.serving_hosts.split(",")) if arguments.serving_hosts else ())
     check_output_dir(config)
     return launch
 
@@ -123,7 +138,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_hosts(launch)
     try:
         with signals_end_the_launch():
-            return supervise(launch, restarts=arguments.restarts, logs=logs, ready=lambda: check_hosts(launch))
+            servers = serving_hosts(arguments)
+            with serving(launch, servers, serving_commands(launch, servers, arguments.serving_port), logs):
+                return supervise(
+                    launch, restarts=arguments.restarts, logs=logs, ready=lambda: wait_for_hosts(launch, arguments.wait)
+                )
     except TimeLimitNear:
         number = os.environ["SLURM_JOB_ID"]
         say(f"the time limit is near: job {number} is requeued and goes on from the newest checkpoint")
@@ -141,6 +160,7 @@ def batch_job(arguments: argparse.Namespace, launch: Launch, logs: Path) -> str:
     gpus = parse_gpus(arguments.gpus).count if arguments.gpus not in (None, "cpu") else 0
     return batch_script(
         launch.config, launch.ranks, launcher=launcher, directory=launch.directory, logs=logs, gpus_per_node=gpus,
+        serving_nodes=arguments.serving_nodes,
         options=arguments.sbatch,
     )  # fmt: skip
 

@@ -120,21 +120,10 @@ def assert_same(one, other):
         torch.testing.assert_close(other_weights[name], weight, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def left_alone(start, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("left_alone") / "run"
-    finish(start(folder))
-    return outcome(folder)
-
-
 @pytest.mark.slow
-def test_two_hosts_take_the_steps_of_two_ranks_on_one(start, left_alone, tmp_path):
-    finish(start(tmp_path / "run", machines=1))
-    assert_same(left_alone, outcome(tmp_path / "run"))
-
-
-@pytest.mark.slow
-def test_a_killed_rank_is_named_and_both_hosts_go_on_from_the_newest_checkpoint(start, left_alone, hosts, tmp_path):
+def test_two_hosts_one_of_which_loses_its_rank_end_as_two_ranks_of_one_host_left_alone(start, hosts, tmp_path):
+    """The killed rank is named, both hosts go on from the newest checkpoint, and nothing is left running."""
+    finish(start(tmp_path / "alone", machines=1))
     run = tmp_path / "run"
     process = start(run)
     while not list(run.glob("checkpoints/step-*")):
@@ -151,7 +140,7 @@ def test_a_killed_rank_is_named_and_both_hosts_go_on_from_the_newest_checkpoint(
     )
     assert re.search(r"restart 1 of 3, from checkpoint \d\n", output)
     assert "resuming after batch" in output
-    assert_same(left_alone, outcome(run))
+    assert_same(outcome(tmp_path / "alone"), outcome(run))
     assert not [p for p in psutil.process_iter(["cmdline", "environ"]) if is_rank(p, None, run)]
 
 

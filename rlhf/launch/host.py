@@ -1,6 +1,6 @@
 """What a launch runs on each of its hosts: a check before anything is started, then accelerate's launcher under supervision.
 
-    python -m rlhf.launch.host check|run ...
+    python -m rlhf.launch.host check|run|serve ...
 
 Standard input is the line to the launcher. When it ends, because the launcher ended this host or died itself, so do this host's ranks: an
 ssh client that is killed leaves what it started running.
@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any
 import psutil
 
 from rlhf.config import load_config, to_yaml
-from rlhf.run import DIE_WITH_PARENT, git_revision
+from rlhf.run import DIE_WITH_PARENT, die_with_parent, git_revision
 
 ROOT = Path(__file__).parents[2]
 ANSWER = "scratchpad-host: "
@@ -169,6 +170,18 @@ def run(launcher_arguments: list[str], main_address: str) -> int:
     return 0
 
 
+def serve(command: list[str]) -> int:
+    """Run a command that is no training until it ends or the launcher lets go; its exit code."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent)
+
+    def end(*_: Any) -> None:
+        os.killpg(child.pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=end_with_stdin, daemon=True).start()
+    return child.wait()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -179,9 +192,12 @@ def main() -> int:
     check_parser.add_argument("--config", required=True)
     check_parser.add_argument("overrides", nargs="*")
     kinds.add_parser("run", help="accelerate launch's own arguments follow")
+    kinds.add_parser("serve", help="a command follows")
     if sys.argv[1:2] == ["run"]:
         rest = sys.argv[2:]
         return run(rest, main_address=rest[rest.index("--main_process_ip") + 1])
+    if sys.argv[1:2] == ["serve"]:
+        return serve(sys.argv[2:])
     print(ANSWER + json.dumps(check(parser.parse_args())), flush=True)
     return 0
 

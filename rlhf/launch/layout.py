@@ -215,18 +215,34 @@ def reach(template: str, host: Host, shell_line: str) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------------- rollout servers
 
 
-def serving_commands(config: Config, hosts: Sequence[Host]) -> list[list[str]]:
-    """The command that serves completions on each serving host; all hosts run theirs before training starts.
+def serves(config: Config) -> bool:
+    """Whether the recipe's completions come from servers, which may run on hosts of their own."""
+    return isinstance(config, Online) and str(config.rollout.engine) == "server"
 
-    The seam for rollout engines that are servers: today every engine of the schema samples inside the training ranks, so there is
-    nothing to serve.
+
+def server_urls(config: Config, hosts: Sequence[Host], port: int) -> list[str]:
+    """Overrides that tell the training ranks of the servers on `hosts`.
 
     Raises:
-        ValueError: when serving hosts are given and the recipe has nothing to serve.
+        ValueError: when hosts are given and the recipe has nothing to serve.
     """
-    if hosts:
+    if not hosts:
+        return []
+    if not serves(config):
+        engine = config.rollout.engine if isinstance(config, Online) else "not part of this stage"
         raise ValueError(
-            f"--serving-hosts names {', '.join(host.name for host in hosts)}, but rollout.engine is "
-            f"{config.rollout.engine if isinstance(config, Online) else 'not part of this stage'}, which samples inside the training ranks; leave --serving-hosts out"
+            f"--serving-hosts names {', '.join(host.name for host in hosts)}, but rollout.engine is {engine}, which samples inside the training "
+            "ranks; leave --serving-hosts out"
         )
-    return []
+    return [f"rollout.server.urls=[{', '.join(f'http://{host.address}:{port}' for host in hosts)}]"]
+
+
+def serving_commands(launch: Launch, hosts: Sequence[Host], port: int) -> list[list[str]]:
+    """The command of each serving host: scripts/serve.py under the same watch as the ranks. Seam: only this function knows that script."""
+    return [
+        [
+            launch.python, "-m", "rlhf.launch.host", "serve", launch.python, "-u", "scripts/serve.py", launch.recipe, *launch.overrides,
+            "--host", host.address, "--port", str(port),
+        ]
+        for host in hosts
+    ]  # fmt: skip

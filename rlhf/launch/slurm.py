@@ -24,6 +24,7 @@ def batch_script(
     directory: str,
     logs: Path,
     gpus_per_node: int,
+    serving_nodes: int,
     options: Sequence[str],
 ) -> str:
     """The text of an sbatch script.
@@ -38,6 +39,7 @@ def batch_script(
         directory: the checkout.
         logs: where SLURM's log goes.
         gpus_per_node: 0 asks for none.
+        serving_nodes: nodes of the job that serve completions, after those that train.
         options: of sbatch, `--partition=gpu` for instance; the last one counts where two contradict.
 
     Raises:
@@ -50,10 +52,13 @@ def batch_script(
             )
     if not re.fullmatch(r"[\w.,:@+/-]+", str(logs)):
         raise ValueError(f"--logs is {str(logs)!r}, which an #SBATCH line cannot hold; choose a path without spaces")
+    train = ranks.num_machines
+    serving = f' --serving-hosts "$(names {train + 1} {train + serving_nodes})"' if serving_nodes else ""
     lines = [
         f"--job-name={config.stage}",
-        f"--nodes={ranks.num_machines}",
+        f"--nodes={ranks.num_machines + serving_nodes}",
         "--ntasks-per-node=1",
+        "--exclusive",  # without it a task may get one core of its node
         *([f"--gpus-per-node={gpus_per_node}"] if gpus_per_node else []),
         "--requeue",
         "--open-mode=append",
@@ -66,9 +71,9 @@ def batch_script(
             "#!/bin/bash",
             *(f"#SBATCH {line}" for line in lines),
             f"cd {shlex.quote(directory)} || exit 2",
-            'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)',
+            'names() { scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n "$1,$2p" | paste -sd, -; }',
             "# exec: SLURM's signals reach the launcher itself",
-            f'exec {shlex.join([*launcher, "--ssh", SRUN])} --hosts "$hosts" --port $(({PORTS} + SLURM_JOB_ID % 20000))',
+            f'exec {shlex.join([*launcher, "--ssh", SRUN])} --hosts "$(names 1 {train})"{serving} --port $(({PORTS} + SLURM_JOB_ID % 20000))',
             "",
         ]
     )

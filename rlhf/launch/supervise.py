@@ -25,6 +25,7 @@ SETTLE = 10.0
 """Seconds in which the other hosts may end by themselves after the first: theirs may be the cause."""
 CHECK_SECONDS = 120.0
 POLL = 0.1
+RETRY = 5.0
 LAST_LINES = 8
 
 
@@ -46,6 +47,23 @@ def check_hosts(launch: Launch) -> list[dict[str, Any]]:
     if faults:
         raise ValueError("; ".join(faults))
     return answers
+
+
+def wait_for_hosts(launch: Launch, seconds: float) -> None:
+    """Check the hosts again and again until they are fit, for a host that died may be on its way back.
+
+    Raises:
+        ValueError: when they are not after `seconds`.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            check_hosts(launch)
+            return
+        except ValueError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(RETRY)
 
 
 def _ask(launch: Launch, indices: Sequence[int], nonce: str) -> list[dict[str, Any]]:
@@ -156,10 +174,11 @@ def culprit(ended: Sequence[Ended]) -> Ended:
     return failed[0]
 
 
-def start_hosts(launch: Launch, commands: Sequence[Sequence[str]], logs: Path) -> list[Running]:
+def start_hosts(launch: Launch, hosts: Sequence[Host], commands: Sequence[Sequence[str]], logs: Path) -> list[Running]:
+    """Each host's command, with a log of its own and a standard input that only this process holds open."""
     logs.mkdir(parents=True, exist_ok=True)
     running = []
-    for index, (host, command) in enumerate(zip(launch.hosts, commands, strict=True)):
+    for index, (host, command) in enumerate(zip(hosts, commands, strict=True)):
         log = logs / f"{index}-{host.name}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -188,7 +207,7 @@ def end_all(running: Sequence[Running]) -> None:
 
 def attempt(launch: Launch, logs: Path, out: IO[str]) -> Ended | None:
     """Run all hosts once; None when all ended well, else the one that explains the end of the others. Rank 0's lines are shown as they come."""
-    running = start_hosts(launch, [launch.command(i) for i in range(len(launch.hosts))], logs)
+    running = start_hosts(launch, launch.hosts, [launch.command(i) for i in range(len(launch.hosts))], logs)
     ended: dict[int, Ended] = {}
     deadline = None
     try:
@@ -265,6 +284,16 @@ def next_folder(logs: Path) -> Path:
     """A new folder for an attempt's logs; those of earlier launches stay."""
     numbers = [int(p.name.rpartition("-")[2]) for p in logs.glob("attempt-*")]
     return logs / f"attempt-{max(numbers, default=0) + 1:03d}"
+
+
+@contextmanager
+def serving(launch: Launch, hosts: Sequence[Host], commands: Sequence[Sequence[str]], logs: Path) -> Iterator[None]:
+    """Servers on their hosts for as long as the context lasts, restarts of the ranks included."""
+    running = start_hosts(launch, hosts, commands, logs / "serving") if hosts else []
+    try:
+        yield
+    finally:
+        end_all(running)
 
 
 class TimeLimitNear(Exception):

@@ -29,6 +29,7 @@ from rlhf.experience import Experience, Ranks, describe, describe_advantages, es
 from rlhf.guards import require_fresh, require_judged, require_one_policy
 from rlhf.lora import save_model
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
+from rlhf.quantization import has_quantised
 from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.rollout_buffer import RolloutBuffer
 from rlhf.run import Run, git_revision, peak_memory_gb, say
@@ -94,6 +95,7 @@ class OnlineTrainer:
         checkpoint = newest_whole(accelerator, self.checkpoints)
         if checkpoint is not None:
             self._restore(checkpoint)
+        if checkpoint is not None or has_quantised(self.unwrapped):  # what the engine loaded is not the quantised base
             send_weights(engine, self.unwrapped, policy_version=self.policy_version)
         if accelerator.is_main_process:
             truncate_jsonl(self.metrics_file, key="batch", below=self.first_batch + 1)

@@ -12,7 +12,7 @@ import yaml
 
 from rlhf.config import load_config
 from rlhf.launch.host import exit_code_of, fingerprint, interface_towards, port_is_free
-from rlhf.launch.layout import Host, Launch, Ranks, parse_hosts, reach, read_ranks, serving_commands
+from rlhf.launch.layout import Host, Launch, Ranks, parse_hosts, reach, read_ranks, server_urls, serving_commands
 from rlhf.launch.slurm import SRUN, batch_script
 from rlhf.launch.supervise import Ended, culprit, describe, faults_of, supervise
 
@@ -149,9 +149,21 @@ def test_what_cannot_be_launched_is_refused_with_its_key(tmp_path, changes, mess
 
 def test_serving_hosts_are_refused_while_the_engine_samples_inside_the_ranks(tmp_path):
     config = launch(tmp_path).config
-    assert serving_commands(config, ()) == []
-    with pytest.raises(ValueError, match="--serving-hosts names s, but rollout.engine is vllm"):
-        serving_commands(config, parse_hosts(["s"]))
+    assert server_urls(config, (), 8400) == []
+    with pytest.raises(ValueError, match="--serving-hosts names s, but rollout.engine is auto"):
+        server_urls(config, parse_hosts(["s"]), 8400)
+
+
+def test_serving_hosts_listen_on_their_addresses_and_the_ranks_are_told(tmp_path):
+    one = launch(tmp_path)
+    hosts = parse_hosts(["s=10.0.0.8", "t=10.0.0.9"])
+    assert serving_commands(one, hosts, 8400)[1][3:] == [
+        "serve", one.python, "-u", "scripts/serve.py", RECIPE, *one.overrides, "--host", "10.0.0.9", "--port", "8400",
+    ]  # fmt: skip
+    rollout = one.config.rollout.model_copy(update={"engine": "server"})
+    assert server_urls(one.config.model_copy(update={"rollout": rollout}), hosts, 8400) == [
+        "rollout.server.urls=[http://10.0.0.8:8400, http://10.0.0.9:8400]"
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------------------- checks
@@ -222,10 +234,11 @@ def test_the_host_whose_end_explains_the_others_is_blamed(codes, explains):
 
 
 @pytest.fixture
-def supervised(tmp_path):
+def supervised(tmp_path, monkeypatch):
     """Runs a supervision whose hosts execute a shell script in the place of Python; `$ATTEMPT` counts from 1."""
 
     def supervised(script, *, restarts):
+        monkeypatch.setattr("rlhf.launch.supervise.SETTLE", 0.5)
         (tmp_path / "run/checkpoints").mkdir(parents=True)
         stub = tmp_path / "python"
         count = f"ATTEMPT=$(ls -d {tmp_path}/logs/attempt-* | wc -l); RUN={tmp_path}/run\n"
@@ -247,7 +260,7 @@ def test_hosts_are_restarted_as_long_as_checkpoints_appear_and_restarts_are_left
     script = 'mkdir -p $RUN/checkpoints/step-00000$ATTEMPT; test "$HOST" = a || { echo "lost $ATTEMPT"; kill -9 $$; }'
     code, text, attempts = supervised(script, restarts=2)
     assert (code, attempts) == (1, 3)
-    assert [line for line in text.splitlines() if "restart" in line] == [
+    assert [line for line in text.splitlines() if line.startswith(("restart ", "not restarted"))] == [
         "restart 1 of 2, from checkpoint 1",
         "restart 2 of 2, from checkpoint 2",
         "not restarted: 2 restarts are used up (--restarts); the same command goes on from checkpoint 3",
@@ -264,9 +277,7 @@ def test_a_second_failure_without_a_new_checkpoint_is_the_last(supervised):
 
 
 def test_a_refused_recipe_is_not_tried_again(supervised):
-    code, text, attempts = supervised(
-        'test "$HOST" = a || { echo "error: rollout.engine"; exit 2; }; sleep 60', restarts=5
-    )
+    code, text, attempts = supervised('test "$HOST" = a || { echo "error: rollout.engine"; exit 2; }; cat', restarts=5)
     assert (code, attempts) == (2, 1)
     assert "error: rollout.engine" in text
 
@@ -286,7 +297,7 @@ def job(tmp_path, **changes):
     one = launch(tmp_path)
     given = dict(
         launcher=["python", "scripts/launch.py", RECIPE, "chat.system_prompt=it's $HOME"], directory="/my checkout", logs=Path("logs"),
-        gpus_per_node=8, options=["--partition=gpu", "--time=24:00:00"],
+        gpus_per_node=8, serving_nodes=0, options=["--partition=gpu", "--time=24:00:00"],
     )  # fmt: skip
     return batch_script(one.config, one.ranks, **{**given, **changes})
 
@@ -297,6 +308,7 @@ def test_a_slurm_job_asks_for_the_nodes_and_runs_the_launcher_on_them(tmp_path):
     for line in (
         "--nodes=2",
         "--ntasks-per-node=1",
+        "--exclusive",
         "--gpus-per-node=8",
         "--requeue",
         "--open-mode=append",
