@@ -122,6 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             show_plan(
                 launch,
+                servers=serving_hosts(arguments),
+                serving_port=arguments.serving_port,
                 logs=logs,
                 restarts=arguments.restarts,
                 gpus=arguments.gpus,
@@ -155,7 +157,7 @@ def batch_job(arguments: argparse.Namespace, launch: Launch, logs: Path) -> str:
     launcher = [
         launch.python, "-u", "scripts/launch.py", launch.recipe, *launch.overrides, "--nodes", str(len(launch.hosts)),
         "--accelerate", launch.ranks.path, "--python", launch.python, "--directory", launch.directory,
-        "--restarts", str(arguments.restarts), "--logs", str(logs), *(word for key, values in repeated for v in values for word in (key, v)),
+        "--restarts", str(arguments.restarts), "--wait", str(arguments.wait), "--serving-port", str(arguments.serving_port), "--logs", str(logs), *(word for key, values in repeated for v in values for word in (key, v)),
     ]  # fmt: skip
     gpus = parse_gpus(arguments.gpus).count if arguments.gpus not in (None, "cpu") else 0
     return batch_script(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from plan import read_machine, read_shapes, show
@@ -10,21 +11,31 @@ from plan import read_machine, read_shapes, show
 from rlhf.config import batch_arithmetic
 from rlhf.footprint import read_sharding
 from rlhf.hardware import Machine
-from rlhf.launch.layout import Launch
+from rlhf.launch.layout import Host, Launch, serving_commands
 from rlhf.plan import make_plan
 from rlhf.run import format_table
 
 
-def show_plan(launch: Launch, *, logs: Path, restarts: int, gpus: str | None, model_configs: list[str]) -> str:
+def show_plan(
+    launch: Launch,
+    *,
+    servers: Sequence[Host],
+    serving_port: int,
+    logs: Path,
+    restarts: int,
+    gpus: str | None,
+    model_configs: list[str],
+) -> str:
     """Everything that would happen, without reaching a host."""
     ranks, first = launch.ranks, launch.hosts[0]
     parts = [
         f"{launch.config.stage} from {launch.recipe} on {len(launch.hosts)} hosts, {ranks.num_processes} ranks",
-        "batch arithmetic\n" + format_table(batch_arithmetic(launch.config, ranks.num_processes)),
+        "batch arithmetic\n" + format_table(batch_arithmetic(launch.config, ranks.num_processes))
+        if gpus is None
+        else memory_plan(launch, gpus, model_configs),
     ]
-    if gpus is not None:
-        parts.append("memory\n" + memory_plan(launch, gpus, model_configs))
     hosts = [(h.name, f"{h.address}, {_range(launch.ranks_of(i))}") for i, h in enumerate(launch.hosts)]
+    hosts += [(h.name, f"{h.address}, serves completions on port {serving_port}") for h in servers]
     parts.append("hosts\n" + format_table(hosts))
     parts.append(
         "start-up\n"
@@ -43,7 +54,9 @@ def show_plan(launch: Launch, *, logs: Path, restarts: int, gpus: str | None, mo
             ]
         )
     )  # fmt: skip
-    commands = "\n".join(f"  {shlex.join(launch.on_host(h, launch.command(i)))}" for i, h in enumerate(launch.hosts))
+    started = [*zip(servers, serving_commands(launch, servers, serving_port), strict=True)]
+    started += [(h, launch.command(i)) for i, h in enumerate(launch.hosts)]
+    commands = "\n".join(f"  {shlex.join(launch.on_host(host, command))}" for host, command in started)
     return "\n\n".join([*parts, f"commands\n{commands}"])
 
 
@@ -62,6 +75,7 @@ def memory_plan(launch: Launch, gpus: str, model_configs: list[str]) -> str:
     sharding, _ = read_sharding(launch.ranks.path)
     shapes, notes = read_shapes(launch.config, model_configs)
     plan = make_plan(launch.config, shapes, machine, sharding)
+    notes.append("times count the links inside a host; those between hosts are slower")
     verdict = "fits" if plan.fits else "does not fit: scripts/plan.py says what would help"
     return "\n".join([show(plan, shapes, sharding), *(f"note: {note}" for note in notes), verdict])
 
