@@ -83,6 +83,19 @@ class Model(Weights):
         return self
 
 
+def require_unsharded(model: Model, zero_stage: int) -> None:
+    """Raise where 4-bit weights would be sharded.
+
+    Raises:
+        ValueError: under ZeRO-3, which gathers weights without the scales that 4 bits mean nothing without.
+    """
+    if model.quantization is not None and zero_stage == 3:
+        raise ValueError(
+            f"quantization is {model.quantization} and the accelerate configuration has zero_stage 3, which would cut packed weights off from their "
+            "scales; take recipes/accelerate/ddp.yaml or zero_stage 1 or 2: the quantised base is small enough for every rank"
+        )
+
+
 class Policy(Model):
     """Weights to start from, which a rollout engine follows."""
 
@@ -992,6 +1005,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def to_yaml(config: Section) -> str:
     """A config as YAML that loads to the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def trained_model(config: Config) -> Model | None:
+    """The block of the model that a training stage trains; a critic besides it is not quantised."""
+    return (
+        config.policy if isinstance(config, Online) else config.model if isinstance(config, SFT | RewardModel) else None
+    )
 
 
 def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf.config import Lora, Model, nearest
+from rlhf.config import Lora, Model, nearest, require_unsharded
 from rlhf.distributed import configured_zero_stage, whole, whole_bytes
 from rlhf.quantization import dequantised, quantise_linear_layers
 
@@ -72,7 +72,7 @@ def adapt(model: Any, config: Model, *, trained_in_full: Sequence[str] = ()) -> 
         ValueError: when a target is no linear layer of the model, or ZeRO-3 would shard 4-bit weights.
     """
     if config.quantization is not None:
-        require_unsharded()
+        require_unsharded(config, configured_zero_stage())
         quantise_linear_layers(model, keep=trained_in_full)
     if config.lora is not None:
         add_lora(model, config.lora, trained_in_full=trained_in_full)
@@ -85,19 +85,6 @@ def peft_config(config: Lora, modules: Iterable[str], *, base: str | None = None
     return LoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=list(modules), base_model_name_or_path=base
     )
-
-
-def require_unsharded() -> None:
-    """Raise where a quantised model would be sharded.
-
-    Raises:
-        ValueError: under ZeRO-3, which gathers weights without the scales that 4 bits mean nothing without.
-    """
-    if configured_zero_stage() == 3:
-        raise ValueError(
-            "quantization is nf4 and the accelerate configuration has zero_stage 3, which would cut packed weights off from their scales; take "
-            "recipes/accelerate/ddp.yaml or zero_stage 1 or 2: the quantised base is small enough for every rank"
-        )
 
 
 def has_lora(model: Any) -> bool:

@@ -41,14 +41,15 @@ def quantise_linear_layers(model: Any, *, keep: Sequence[str] = ()) -> None:
 
 
 def _quantised(module: nn.Linear) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes import nn as untyped
 
+    library: Any = untyped
     weight = module.weight.data
     with torch.device("meta"):
-        layer = Linear4bit(
+        layer = library.Linear4bit(
             module.in_features, module.out_features, bias=False, compute_dtype=weight.dtype, compress_statistics=True, quant_type="nf4"
         )  # fmt: skip
-    packed = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer)
+    packed = library.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer)
     layer.weight = packed.to(weight.device)  # which quantises
     layer.bias = module.bias
     layer.train(module.training)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from launching.show import show_plan
 
-from rlhf.config import batch_arithmetic, load_config
+from rlhf.config import batch_arithmetic, load_config, require_unsharded, trained_model
+from rlhf.footprint import read_sharding
 from rlhf.hardware import parse_gpus
 from rlhf.launch.layout import SSH, Host, Launch, parse_hosts, read_ranks, server_urls, serving_commands
 from rlhf.launch.slurm import SRUN, batch_script
@@ -110,6 +111,9 @@ def plan_launch(arguments: argparse.Namespace) -> Launch:
         python=arguments.python, ssh=SRUN if arguments.slurm else arguments.ssh, port=arguments.port or ranks.port, environment=environment,
     )  # fmt: skip
     batch_arithmetic(config, ranks.num_processes)
+    model = trained_model(config)
+    if model is not None:
+        require_unsharded(model, read_sharding(ranks.path)[0].stage)
     check_output_dir(config)
     return launch
 

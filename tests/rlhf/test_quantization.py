@@ -1,6 +1,9 @@
 """A base of 4 bits: what it is, that every side has the same one, and that gradients pass through it."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -250,6 +253,16 @@ def test_zero_3_is_refused_before_anything_is_quantised(model_folder, monkeypatc
     else:
         adapt(model, block)
     assert has_quantised(model) is not refused
+
+
+def test_the_launcher_and_the_check_refuse_zero_3_before_any_host_is_asked():
+    for command in (["launch.py", "--hosts=a,b", "--dry-run"], ["check.py"]):
+        done = subprocess.run(
+            [sys.executable, f"scripts/{command[0]}", *command[1:], "recipes/gsm8k/grpo_qlora.yaml", "--accelerate", "recipes/accelerate/multi_node.yaml"],
+            cwd=RECIPES.parents[1], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == (2 if command[0] == "launch.py" else 1)
+        assert "zero_stage 3, which would cut packed weights off from their scales" in done.stdout + done.stderr
 
 
 def test_the_plan_counts_the_bytes_that_the_model_takes(policy, model_folder):
