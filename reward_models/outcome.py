@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from rlhf.config import RewardModel
-from rlhf.lora import add_lora, save_model
+from rlhf.lora import adapt, save_model
 from rlhf.run import write_json
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 from rlhf.types import Rollout
@@ -113,8 +113,7 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
         trust_remote_code=False,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    if config.model.lora is not None:
-        add_lora(model, config.model.lora, trained_in_full=["score"])
+    adapt(model, config.model, trained_in_full=["score"])
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(**trainer_arguments(config), max_length=None, center_rewards_coefficient=config.centering),

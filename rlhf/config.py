@@ -71,12 +71,44 @@ class Model(Weights):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: Lora | None = None
     """Train adapters instead of the weights."""
+    quantization: Literal["nf4"] | None = None
+    """Keep the linear layers under the adapters in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314): an eighth or a quarter of their memory."""
+
+    @model_validator(mode="after")
+    def _four_bits_are_not_trained(self) -> Model:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"quantization is {self.quantization} and lora is not set; weights of 4 bits cannot be trained themselves: add lora or remove quantization"
+            )
+        return self
+
+
+def require_unsharded(model: Model, zero_stage: int) -> None:
+    """Raise where 4-bit weights would be sharded.
+
+    Raises:
+        ValueError: under ZeRO-3, which gathers weights without the scales that 4 bits mean nothing without.
+    """
+    if model.quantization is not None and zero_stage == 3:
+        raise ValueError(
+            f"quantization is {model.quantization} and the accelerate configuration has zero_stage 3, which would cut packed weights off from their "
+            "scales; take recipes/accelerate/ddp.yaml or zero_stage 1 or 2: the quantised base is small enough for every rank"
+        )
 
 
 class Policy(Model):
     """Weights to start from, which a rollout engine follows."""
 
     lora: PolicyLora | None = None  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+
+    @model_validator(mode="after")
+    def _the_engine_must_have_the_same_base(self) -> Policy:
+        if self.quantization is not None and self.lora is not None and self.lora.sync == "adapter":
+            raise ValueError(
+                f"quantization is {self.quantization} and lora.sync is adapter; the engine would put the adapter on the weights of path and not on the "
+                "quantised ones that it is trained on: set lora.sync to merged"
+            )
+        return self
 
 
 class Optimizer(Section):
@@ -1052,6 +1084,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def to_yaml(config: Section) -> str:
     """A config as YAML that loads to the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def trained_model(config: Config) -> Model | None:
+    """The block of the model that a training stage trains; a critic besides it is not quantised."""
+    return (
+        config.policy if isinstance(config, Online) else config.model if isinstance(config, SFT | RewardModel) else None
+    )
 
 
 def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
 
 from rlhf.run import num_ranks
@@ -91,6 +91,13 @@ def zero_stage(accelerator: Accelerator) -> int:
     """0 without DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else plugin.zero_stage
+
+
+def configured_zero_stage() -> int:
+    """What `accelerate launch` was told, before any accelerator is there; 0 without DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return 0
+    return DeepSpeedPlugin().zero_stage
 
 
 def global_sum(accelerator: Accelerator, value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Weights, gradients and optimizer (rlhf/learner.py; sharding as in https://arxiv.
     optimizer        2 w A                 (4 + 8) A / N    (4 + 8) A / N   (4 + 8) A / N
 
 AdamW keeps two moments in the weights' precision; DeepSpeed besides them a master copy, all in float32. Adapters are float32.
+A weight of a linear layer that is quantised (rlhf/quantization.py) takes NF4_WIDTH bytes in the place of w.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ HEAD_ROWS = 512
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
 """The buffer of logits in TRL's loss."""
 WIDTH = {"float32": 4, "bfloat16": 2}
+NF4_WIDTH = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes: 4 bits, an 8-bit scale for 64 weights, a 32-bit scale for 256 of those."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,8 @@ class Trained:
     lora: Any | None
     has_head: bool
     """Language model head over the vocabulary, or none: value and reward models."""
+    quantised: bool = False
+    """Whether the linear layers of its blocks are NF4."""
 
     @property
     def parameters(self) -> int:
@@ -146,6 +151,16 @@ class Trained:
         return WIDTH[self.dtype]
 
     @property
+    def in_four_bits(self) -> int:
+        """Weights of the linear layers of its blocks, where those are quantised."""
+        return sum(i * o * count for _, i, o, count in self.shape.linear) if self.quantised else 0
+
+    @property
+    def dequantised(self) -> int:
+        """Bytes of the largest quantised weight while a layer is computed: it is whole, in the model's precision."""
+        return max((self.width * i * o for _, i, o, _ in self.shape.linear), default=0) if self.quantised else 0
+
+    @property
     def trained_width(self) -> int:
         """Bytes of a trained number: adapters are float32."""
         return self.width if self.lora is None else 4
@@ -159,12 +174,14 @@ def trained_of(model: Model | Critic, shape: ModelShape, sharding: Sharding, *, 
         checkpointing=model.gradient_checkpointing,
         lora=model.lora,
         has_head=has_head,
+        quantised=isinstance(model, Model) and model.quantization is not None,
     )
 
 
 def weights(model: Trained, sharding: Sharding, devices: int) -> float:
-    """w P and, with LoRA, 4 A for the adapters."""
-    size = model.width * model.parameters + (4 * model.trained if model.lora is not None else 0)
+    """w P and, with LoRA, 4 A for the adapters; NF4_WIDTH in the place of w for what is quantised."""
+    size = model.width * (model.parameters - model.in_four_bits) + NF4_WIDTH * model.in_four_bits
+    size += 4 * model.trained if model.lora is not None else 0
     return size / devices if sharding.stage == 3 else size
 
 

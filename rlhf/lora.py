@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf.config import Lora, nearest
-from rlhf.distributed import whole, whole_bytes
+from rlhf.config import Lora, Model, nearest, require_unsharded
+from rlhf.distributed import configured_zero_stage, whole, whole_bytes
+from rlhf.quantization import dequantised, quantise_linear_layers
 
 ADAPTER = "default"
 """peft's name for the only adapter there is."""
@@ -64,6 +65,19 @@ def add_lora(model: Any, config: Lora, *, trained_in_full: Sequence[str] = ()) -
     model.peft_config[ADAPTER].modules_to_save = list(trained_in_full) or None
 
 
+def adapt(model: Any, config: Model, *, trained_in_full: Sequence[str] = ()) -> None:
+    """Make of a loaded model what its block of the recipe trains: adapters, over a quantised base or not, or the model as it is.
+
+    Raises:
+        ValueError: when a target is no linear layer of the model, or ZeRO-3 would shard 4-bit weights.
+    """
+    if config.quantization is not None:
+        require_unsharded(config, configured_zero_stage())
+        quantise_linear_layers(model, keep=trained_in_full)
+    if config.lora is not None:
+        add_lora(model, config.lora, trained_in_full=trained_in_full)
+
+
 def peft_config(config: Lora, modules: Iterable[str], *, base: str | None = None) -> Any:
     """The recipe's block in peft's words."""
     from peft import LoraConfig
@@ -81,7 +95,7 @@ def has_lora(model: Any) -> bool:
 def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters under the names and with the values of the plain model that computes the same, one at a time.
 
-    The sum is formed in the adapters' precision and rounded once to that of W. Tied weights come once. Weights that ZeRO-3 shards
+    The sum is formed in the adapters' precision and rounded once to that of W; a quantised W is dequantised. Tied weights come once. Weights that ZeRO-3 shards
     are gathered `BUCKET_BYTES` at a time, so all ranks must take all of them.
     """
     for bucket in _buckets(model.named_parameters()):
@@ -90,11 +104,11 @@ def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
                 if _is_adapter(name):
                     continue
                 module, _, leaf = name.rpartition(".")
+                weight = dequantised(parameter)
                 if module.endswith(".base_layer") and leaf == "weight":
                     delta = model.get_submodule(module.removesuffix(".base_layer")).get_delta_weight(ADAPTER)
-                    yield _plain(name), (parameter + delta).to(parameter.dtype)
-                else:
-                    yield _plain(name), parameter.detach()
+                    weight = (weight + delta).to(weight.dtype)
+                yield _plain(name), weight
 
 
 def adapter_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:

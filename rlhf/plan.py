@@ -177,18 +177,20 @@ def _step_parts(
     whole = footprint.gradients(model, sharding, machine.count)
     embedding = model.trained_width * model.shape.vocab_size * model.shape.hidden_size if model.lora is None else 0.0
     of_head = embedding if model.has_head else 0.0
+    unpacked = {"dequantised weight": float(model.dequantised)} if model.quantised else {}
 
     def moments(micro: MicroBatch, earlier: float) -> dict[str, dict[str, float]]:
         saved = footprint.activations(model, micro.tokens, repeated_heads=repeated_heads)
         scratch = footprint.backward_scratch(model, micro.tokens, repeated_heads=repeated_heads)
         logits = head(micro.scored)
         return {
-            "forward pass": {"gradients": earlier, "activations": saved, "logits": logits.forward},
+            "forward pass": {"gradients": earlier, "activations": saved, "logits": logits.forward, **unpacked},
             "gradient of the head": {"gradients": earlier, "activations": saved, "logits": logits.backward},
             "backward pass": {
                 "gradients": max(earlier, of_head),
                 "activations": saved + scratch,
                 "logits": of_head if earlier else 0.0,
+                **unpacked,
             },
         }
 

@@ -70,6 +70,7 @@ def check_stage(report: Report, config: Config, context: Context) -> None:
     report.attempt("output_dir", lambda: check_output_dir(config), lambda _: config.output_dir)
     environment.check_versions(report, config, context, pyproject=ROOT / "pyproject.toml")
     environment.check_ranks(report, context)
+    environment.check_quantization(report, config, context)
     inputs.check_sources(report, config)
     records = inputs.check_records(report, config, context)
     there = inputs.check_models(report, config, context)

@@ -8,7 +8,7 @@ from reward_models.composite import build_reward, require_reachable
 from rlhf.config import GRPO, PPO, Online, RewardModelReward
 from rlhf.critic import load_critic
 from rlhf.distributed import loaded_whole, start
-from rlhf.lora import add_lora
+from rlhf.lora import adapt
 from rlhf.models import check_model_path, load_causal_lm, load_tokenizer
 from rlhf.rollout.engine import build_engine, require_prompts_fit
 from rlhf.run import Run, run_stage
@@ -42,8 +42,7 @@ def train_online(config: Online, run: Run) -> None:
         reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device))
     require_reachable(reward_fn, fitting)
     policy = load_causal_lm(config.policy.path, revision=config.policy.revision, dtype=config.policy.dtype)
-    if config.policy.lora is not None:
-        add_lora(policy, config.policy.lora)
+    adapt(policy, config.policy)
     reference = config.reference
     critic = load_critic(config.critic) if isinstance(config, PPO) else None
     with loaded_whole(accelerator):

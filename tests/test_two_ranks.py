@@ -173,7 +173,7 @@ def models(model_folder, tokenizer, tmp_path_factory):
     Qwen3MoeForCausalLM(qwen).save_pretrained(folder / "moe")
     mixtral = MixtralConfig(**shape, intermediate_size=32, num_local_experts=4, sliding_window=None)
     MixtralForCausalLM(mixtral).save_pretrained(folder / "mixtral")
-    return {"base": model_folder, "moe": folder / "moe", "mixtral": folder / "mixtral"}
+    return {"base": model_folder, "four_bits": model_folder, "moe": folder / "moe", "mixtral": folder / "mixtral"}
 
 
 def weights_after(accelerate_config, num_ranks, models, output):
@@ -195,7 +195,7 @@ def steps_of_one_rank(models, tmp_path_factory):
     weights = weights_after("single", 1, models, tmp_path_factory.mktemp("one") / "weights")
     assert {key for key in weights if key.endswith("grad_norm")} == {
         "grpo.policy/grad_norm", "entropy.policy/grad_norm", "average.policy/grad_norm", "frozen.policy/grad_norm", "ppo.policy/grad_norm",
-        "ppo.critic/grad_norm", "moe.policy/grad_norm", "mixtral.policy/grad_norm",
+        "ppo.critic/grad_norm", "moe.policy/grad_norm", "mixtral.policy/grad_norm", "four bits.policy/grad_norm",
     }  # fmt: skip
     return weights
 
@@ -204,9 +204,9 @@ def steps_of_one_rank(models, tmp_path_factory):
 @pytest.mark.parametrize(
     ("accelerate_config", "chosen"),
     [
-        ("ddp", {"base", "moe"}),
+        ("ddp", {"base", "moe", "four_bits"}),
         ("zero1", {"moe"}),
-        ("zero2", {"base"}),
+        ("zero2", {"base", "four_bits"}),
         ("pieces", {"base", "moe", "mixtral"}),
         ("zero3_offload", {"moe"}),
     ],
@@ -216,7 +216,8 @@ def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_ran
     two = weights_after(accelerate_config, 2, {name: models[name] for name in chosen}, tmp_path / "weights")
     members = {key.partition(".")[0] for key in two}
     assert two.keys() == {key for key in steps_of_one_rank if key.partition(".")[0] in members}
-    assert chosen - {"base"} <= members
+    assert chosen - {"base", "four_bits"} <= members
+    assert ("four bits" in members) == ("four_bits" in chosen)
     for key, value in two.items():
         torch.testing.assert_close(
             value, steps_of_one_rank[key], atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"

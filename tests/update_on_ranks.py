@@ -16,7 +16,7 @@ from rlhf.config import PPO, load_config
 from rlhf.critic import load_critic
 from rlhf.distributed import gather, leave, start, whole, zero_stage
 from rlhf.experience import Ranks, estimate
-from rlhf.lora import add_lora
+from rlhf.lora import adapt
 from rlhf.metrics import Metrics
 from rlhf.models import load_causal_lm
 from rlhf.shapes import moe_blocks
@@ -34,6 +34,7 @@ FAMILY = {
         "algorithm.entropy_coefficient=0.1",
         "policy.lora={rank: 4}",
     ),
+    "four bits": ("four_bits", "grpo", "policy.lora={rank: 4}", "policy.quantization=nf4"),
     "average": (
         "base",
         "grpo",
@@ -98,7 +99,7 @@ def take_steps(recipe, model, *overrides):
     policy = load_causal_lm(model, revision=None, dtype="float32")
     set_seed(1)
     if config.policy.lora:
-        add_lora(policy, config.policy.lora)
+        adapt(policy, config.policy)
     critic = None
     if isinstance(config, PPO):
         critic = load_critic(config.critic.model_copy(update={"path": model}))

@@ -30,6 +30,7 @@ from rlhf.experience import Experience, Ranks, describe, describe_advantages, es
 from rlhf.guards import require_fresh, require_judged, require_one_policy
 from rlhf.lora import save_model
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
+from rlhf.quantization import has_quantised
 from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.rollout_buffer import RolloutBuffer, unjudged
 from rlhf.run import Run, git_revision, peak_memory_gb, say
@@ -96,7 +97,8 @@ class OnlineTrainer:
         checkpoint = newest_whole(accelerator, self.checkpoints)
         if checkpoint is not None:
             waiting = self._restore(checkpoint)
-        if checkpoint is not None or engine.policy_version != self.policy_version:
+        # Servers hold no weights of ours yet, and what an engine loaded is not a quantised base.
+        if checkpoint is not None or engine.policy_version != self.policy_version or has_quantised(self.unwrapped):
             send_weights(engine, self.unwrapped, policy_version=self.policy_version)
         self._sampling_group: Any = None
         self.ahead: Ahead | None = None

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rlhf.config import SFT
-from rlhf.lora import add_lora, save_model
+from rlhf.lora import adapt, save_model
 from rlhf.models import load_causal_lm
 from rlhf.run import say
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
@@ -104,9 +104,8 @@ def train(
 
     folder = Path(config.output_dir)
     model = load_causal_lm(config.model.path, revision=config.model.revision, dtype=config.model.dtype)
-    if config.model.lora is not None:
-        set_seed(config.seed)  # adapters are drawn, the same on every rank
-        add_lora(model, config.model.lora)
+    set_seed(config.seed)  # adapters are drawn, the same on every rank
+    adapt(model, config.model)
     model.config.use_cache = False  # with a cache, transformers would not look for packed conversations
     trainer = SFTTrainer(
         model=model,

@@ -15,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from checks.findings import Context, Report
-from rlhf.config import Config, Online
+from rlhf.config import Config, Online, require_unsharded, trained_model
 from rlhf.footprint import read_sharding
 
 GIB = 2**30
@@ -28,6 +28,9 @@ def check_versions(report: Report, config: Config, context: Context, *, pyprojec
     needed: set[str] = set(NEEDED)
     if context.zero_stage or (context.accelerate or {}).get("distributed_type") == "DEEPSPEED":
         needed.add("deepspeed")
+    model = trained_model(config)
+    if model is not None and model.quantization is not None:
+        needed.add("bitsandbytes")
     wrong, good = [], []
     for requirement in requirements(pyproject):
         try:
@@ -45,6 +48,17 @@ def check_versions(report: Report, config: Config, context: Context, *, pyprojec
     else:
         kept = [text for text in good if text.split()[0] in needed | set(ENGINES)]
         report.add("ok", "versions", ", ".join(sorted(kept)))
+
+
+def check_quantization(report: Report, config: Config, context: Context) -> None:
+    """Whether a quantised base stays whole on every rank."""
+    model = trained_model(config)
+    if model is not None and model.quantization is not None:
+        report.attempt(
+            "quantization",
+            lambda: require_unsharded(model, context.zero_stage),
+            lambda _: f"{model.quantization}, whole on every rank",
+        )
 
 
 def requirements(pyproject: Path) -> list[Requirement]:

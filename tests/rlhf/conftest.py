@@ -8,7 +8,7 @@ import rlhf.learner as learner
 from rlhf.config import PPO
 from rlhf.critic import load_critic
 from rlhf.distributed import start
-from rlhf.lora import add_lora
+from rlhf.lora import adapt
 from rlhf.models import load_causal_lm
 from rlhf.rollout.engine import build_engine
 from rlhf.run import Run
@@ -32,7 +32,7 @@ def make_trainer(model_folder, renderer, demonstrations, tmp_path):
         policy = load_causal_lm(model_folder, revision=None, dtype="float32")
         if cfg.policy.lora:
             torch.manual_seed(0)
-            add_lora(policy, cfg.policy.lora)
+            adapt(policy, cfg.policy)
         return OnlineTrainer(
             cfg,
             start(cfg.seed),
