@@ -14,10 +14,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from data.records import write_records
 from data.stories import prepare
+from reward_models.outcome import STATISTICS
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +38,18 @@ def records(tmp_path_factory):
     )  # fmt: skip
     write_records(prepared.train_problems, folder / "problems.jsonl")
     write_records(prepared.demonstrations, folder / "demonstrations.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge_folder(model_folder, tokenizer, tmp_path_factory):
+    """A reward model with a head drawn at random."""
+    folder = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    judge = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1)
+    judge.config.pad_token_id = tokenizer.pad_token_id
+    judge.save_pretrained(folder)
+    (folder / STATISTICS).write_text('{"mean": 0.0, "std": 1.0}')
     return folder
 
 
@@ -81,8 +100,11 @@ def grpo(accelerate_config, model_folder, records, output_dir, *overrides):
 
 
 @pytest.mark.slow
-def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, records, tmp_path):
-    rows, weights = grpo("pieces", model_folder, records, tmp_path / "run", "rollout.engine=vllm")
+def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, judge_folder, records, tmp_path):
+    rewards = (
+        f"[{{name: correctness}}, {{name: length}}, {{name: reward_model, path: {judge_folder}, placement: sharded}}]"
+    )
+    rows, weights = grpo("pieces", model_folder, records, tmp_path / "run", "rollout.engine=vllm", f"rewards={rewards}")
     start = load_file(Path(model_folder) / "model.safetensors")
     assert any(not torch.equal(start[name], weights[name]) for name in start)
     assert [row["step"] for row in rows] == [2, 4]
@@ -90,6 +112,7 @@ def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_fold
         assert row["sync/error"] < 1e-4
         assert row["policy/kl_sampler"] < 1e-6
         assert row["rollout/length"] > 1
+        assert row["reward/reward_model"] != 0
 
 
 @pytest.mark.slow
@@ -160,7 +183,7 @@ def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, re
 
 
 @pytest.fixture(scope="module")
-def models(model_folder, tokenizer, tmp_path_factory):
+def models(model_folder, judge_folder, tokenizer, tmp_path_factory):
     """A dense model and two mixtures of experts, one with fused experts and many, one with few."""
     shape = dict(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
@@ -173,7 +196,7 @@ def models(model_folder, tokenizer, tmp_path_factory):
     Qwen3MoeForCausalLM(qwen).save_pretrained(folder / "moe")
     mixtral = MixtralConfig(**shape, intermediate_size=32, num_local_experts=4, sliding_window=None)
     MixtralForCausalLM(mixtral).save_pretrained(folder / "mixtral")
-    return {"base": model_folder, "moe": folder / "moe", "mixtral": folder / "mixtral"}
+    return {"base": model_folder, "moe": folder / "moe", "mixtral": folder / "mixtral", "judge": judge_folder}
 
 
 def weights_after(accelerate_config, num_ranks, models, output):
@@ -207,12 +230,13 @@ def steps_of_one_rank(models, tmp_path_factory):
         ("ddp", {"base", "moe"}),
         ("zero1", {"moe"}),
         ("zero2", {"base"}),
-        ("pieces", {"base", "moe", "mixtral"}),
+        ("pieces", {"base", "moe", "mixtral", "judge"}),
         ("zero3_offload", {"moe"}),
     ],
 )
 def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_rank, tmp_path, accelerate_config, chosen):
-    """GRPO, with LoRA and an entropy mask over all ranks, with a moving average as reference, of mixtures of experts; and PPO with its critic."""
+    """GRPO, with LoRA and an entropy mask over all ranks, with a moving average as reference, of mixtures of experts; PPO with its critic;
+    and a reward model in pieces, which one rank asks more than the other."""
     two = weights_after(accelerate_config, 2, {name: models[name] for name in chosen}, tmp_path / "weights")
     members = {key.partition(".")[0] for key in two}
     assert two.keys() == {key for key in steps_of_one_rank if key.partition(".")[0] in members}

@@ -12,9 +12,10 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 
+from reward_models.outcome import OutcomeModel
 from rlhf.config import PPO, load_config
 from rlhf.critic import load_critic
-from rlhf.distributed import gather, leave, start, whole, zero_stage
+from rlhf.distributed import gather, is_sharded, leave, start, whole, zero_stage
 from rlhf.experience import Ranks, estimate
 from rlhf.lora import add_lora
 from rlhf.metrics import Metrics
@@ -131,6 +132,21 @@ def take_steps(recipe, model, *overrides):
     return weights | {key: torch.tensor(v) for key, (v, _) in metrics.pairs().items() if key.endswith("grad_norm")}
 
 
+def scores_of_a_sharded_judge(model):
+    """By a frozen reward model in pieces: of 5 sequences the first rank has all, then the last one, and then every rank the 5."""
+    accelerator = start(0)
+    judge = OutcomeModel.load(model, device=str(accelerator.device)).shard(accelerator)
+    if zero_stage(accelerator) == 3:
+        assert any(is_sharded(p) and p.numel() == 0 for p in judge._model.parameters()), "the reward model is whole"
+    draw = random.Random(0)
+    sequences = [[draw.randrange(5, 200) for _ in range(length)] for length in (3, 9, 4, 17, 6)]
+    first, last = accelerator.process_index == 0, accelerator.process_index == accelerator.num_processes - 1
+    counts = (5 if first else 0, 5 if last else 0, 5)
+    scores = [judge.raw_scores(sequences[:count], batch_size=2) for count in counts]
+    one, other = (torch.tensor(gather(accelerator, of_rank.tolist())) for of_rank in scores[:2])
+    return {"judge.first": one, "judge.last": other, "judge.every": scores[2]}
+
+
 def main(output, *named_models):
     models = dict(pair.split("=", 1) for pair in named_models)
     weights = {
@@ -139,6 +155,8 @@ def main(output, *named_models):
         if model in models
         for key, value in take_steps(recipe, models[model], *overrides).items()
     }
+    if "judge" in models:
+        weights |= scores_of_a_sharded_judge(models["judge"])
     if int(os.environ.get("RANK", "0")) == 0:
         save_file(weights, output)
 

@@ -162,28 +162,36 @@ class GraderPool:
     def _grade(self, case: Case) -> Grade:
         worker = self._idle.get()
         try:
-            if worker is not None and (worker.served >= self.recycle_after or worker.process.poll() is not None):
-                worker.close()
-                worker = None
-            if worker is None:
-                worker = _Worker(self.memory_mb)
-            started = time.monotonic()
-            if not worker.ready:  # its start is not the completion's time
-                worker.ask(_line(("\\boxed{1}", "1"), self.accept), started + 60)
-                worker.ready, started = True, time.monotonic()
-            reply = worker.ask(_line(case, self.accept), started + self.timeout)
-            worker.served += 1
-            if reply is not None and reply.endswith(b"\n"):
-                judged = Grade(**json.loads(reply))
-                if judged.reason != "memory":
-                    return judged
-            else:
-                judged = Grade("undecided", "timeout" if reply is None else "crashed", None, time.monotonic() - started)
-            worker.close()
-            worker = None
+            worker, judged = self._ask(worker, case)
+            if (
+                judged.reason == "crashed"
+            ):  # by someone else's hand, perhaps; a completion that kills its worker does so again
+                worker, judged = self._ask(worker, case)
             return judged
         finally:
             self._idle.put(worker)
+
+    def _ask(self, worker: _Worker | None, case: Case) -> tuple[_Worker | None, Grade]:
+        """The verdict, and the worker if it can go on."""
+        if worker is not None and (worker.served >= self.recycle_after or worker.process.poll() is not None):
+            worker.close()
+            worker = None
+        if worker is None:
+            worker = _Worker(self.memory_mb)
+        started = time.monotonic()
+        if not worker.ready:  # its start is not the completion's time
+            worker.ask(_line(("\\boxed{1}", "1"), self.accept), started + 60)
+            worker.ready, started = True, time.monotonic()
+        reply = worker.ask(_line(case, self.accept), started + self.timeout)
+        worker.served += 1
+        if reply is not None and reply.endswith(b"\n"):
+            judged = Grade(**json.loads(reply))
+            if judged.reason != "memory":
+                return worker, judged
+        else:
+            judged = Grade("undecided", "timeout" if reply is None else "crashed", None, time.monotonic() - started)
+        worker.close()
+        return None, judged
 
 
 def _line(case: Case, accept: Accept) -> bytes:
