@@ -39,7 +39,8 @@ class OutcomeModel:
     """A trained reward model with the statistics that standardise its scores."""
 
     def __init__(self, model: Any, pad_token_id: int, mean: float, std: float) -> None:
-        self._model, self._pad_token_id, self.mean, self.std = model, pad_token_id, mean, std
+        self._model: Any = model
+        self._pad_token_id, self.mean, self.std = pad_token_id, mean, std
         self._sharded_over: Accelerator | None = None
 
     def shard(self, accelerator: Accelerator) -> OutcomeModel:

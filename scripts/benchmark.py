@@ -130,7 +130,7 @@ def zero_figures(arguments: argparse.Namespace) -> int:
     rows = {zero.key_of(row): row for row in json.loads(path.read_text())} if path and path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         zero.write_inputs(Path(folder))
-        chosen = (arguments.model or ZERO_MODELS, arguments.dtype or ZERO_DTYPES, arguments.setup or ZERO_SETUPS)
+        chosen = (arguments.model or ZERO_MODELS, arguments.dtype or list(ZERO_DTYPES), arguments.setup or ZERO_SETUPS)
         for spec in zero.cases(*chosen, Path(folder)):
             row = zero.measure(spec)
             rows[zero.key_of(row)] = row

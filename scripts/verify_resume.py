@@ -79,6 +79,15 @@ class Runs:
 
 
 @dataclass(frozen=True)
+class LeftAlone:
+    """What came out of the run that nobody disturbed, and its seconds after the first checkpoint or row of metrics."""
+
+    weights: dict[str, torch.Tensor]
+    rows: list[dict[str, float]]
+    duration: float
+
+
+@dataclass(frozen=True)
 class Trial:
     """One kill and what became of it."""
 
@@ -128,6 +137,8 @@ def graders(leader: psutil.Process) -> list[psutil.Process]:
 
 
 VICTIMS = {"job": job, "rank": ranks, "grader": graders}
+DISPENSABLE = ("grader",)
+"""Victims whose loss a run survives by itself."""
 
 
 def find_victims(process: subprocess.Popen[bytes], victim: str) -> list[psutil.Process]:
@@ -269,7 +280,9 @@ def main() -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--victim", choices=VICTIMS, default="job", help="what is killed")
+    parser.add_argument(
+        "--victim", action="append", choices=VICTIMS, help="what is killed, the job if not given; may be repeated"
+    )
     parser.add_argument(
         "--damage",
         action="store_true",
@@ -310,51 +323,50 @@ def verify(arguments: argparse.Namespace) -> int:
     print(
         f"left alone: {len(rows)} rows of metrics, {numbers:,} weights, {duration:.1f} s after its first checkpoint or row"
     )
+    left_alone = LeftAlone(weights, rows, duration)
     draw, failures = random.Random(arguments.seed), 0
-    if arguments.victim == "grader":
-        return survives(runs, arguments.victim, draw, arguments.kills, duration, weights, rows)
-    print("| kill | killed | resumed | weights that differ | rows that differ |\n|---|---|---|---|---|", flush=True)
-    for number in range(1, arguments.kills + 1):
-        trial = one_trial(runs, arguments.victim, number, draw, duration, weights, rows, damage=arguments.damage)
-        failures += bool(trial.started_over or trial.weights or trial.rows)
-        print(f"| {number} | {trial.killed} | {trial.resumed} | {trial.weights} | {trial.rows} |", flush=True)
-    print(f"{arguments.kills - failures} of {arguments.kills} resumed runs end as the run left alone")
+    for victim in arguments.victim or ["job"]:
+        if victim in DISPENSABLE:
+            failures += not survives(runs, victim, left_alone, draw, kills=arguments.kills)
+        else:
+            failures += not resumes(runs, victim, left_alone, draw, kills=arguments.kills, damage=arguments.damage)
     return int(failures > 0)
 
 
-def survives(
-    runs: Runs,
-    victim: str,
-    draw: random.Random,
-    kills: int,
-    duration: float,
-    weights: dict[str, torch.Tensor],
-    rows: list[dict[str, float]],
-) -> int:
-    """Kills of parts that a run does without; 0 when all that were asked for came and left no trace."""
-    struck = kill_parts(runs, f"without-{victim}", victim, draw, kills=kills, duration=duration)
-    run = runs.folder / f"without-{victim}"
-    print("| kill | killed |\n|---|---|")
+def resumes(runs: Runs, victim: str, left_alone: LeftAlone, draw: random.Random, *, kills: int, damage: bool) -> bool:
+    """Kills that end a run; whether the same command then went on to the same end after each."""
+    print(
+        f"| {victim} | killed | resumed | weights that differ | rows that differ |\n|---|---|---|---|---|", flush=True
+    )
+    failures = 0
+    for number in range(1, kills + 1):
+        trial = one_trial(runs, victim, number, left_alone, draw, damage=damage)
+        failures += bool(trial.started_over or trial.weights or trial.rows)
+        print(f"| {number} | {trial.killed} | {trial.resumed} | {trial.weights} | {trial.rows} |", flush=True)
+    print(f"{kills - failures} of {kills} resumed runs end as the run left alone")
+    return not failures
+
+
+def survives(runs: Runs, victim: str, left_alone: LeftAlone, draw: random.Random, *, kills: int) -> bool:
+    """Kills of parts that a run does without; whether all that were asked for came and left no trace."""
+    name = f"without-{victim}"
+    struck = kill_parts(runs, name, victim, draw, kills=kills, duration=left_alone.duration)
+    print(f"| {victim} | killed |\n|---|---|")
     print("\n".join(f"| {number} | {moment} |" for number, moment in enumerate(struck, 1)))
-    differing = differing_weights(weights, weights_of(run)), differing_rows(rows, rows_of(run))
-    print(f"{len(struck)} of {kills} kills; weights that differ: {differing[0]}, rows that differ: {differing[1]}")
-    return int(len(struck) < kills or any(differing))
+    weights = differing_weights(left_alone.weights, weights_of(runs.folder / name))
+    rows = differing_rows(left_alone.rows, rows_of(runs.folder / name))
+    print(
+        f"the run went on through {len(struck)} of {kills} kills; weights that differ: {weights}, rows that differ: {rows}"
+    )
+    return len(struck) == kills and not weights and not rows
 
 
 def one_trial(
-    runs: Runs,
-    victim: str,
-    number: int,
-    draw: random.Random,
-    duration: float,
-    weights: dict[str, torch.Tensor],
-    rows: list[dict[str, float]],
-    *,
-    damage: bool,
+    runs: Runs, victim: str, number: int, left_alone: LeftAlone, draw: random.Random, *, damage: bool
 ) -> Trial:
     for attempt in range(ATTEMPTS):
-        name = f"kill-{number}" + f"-{attempt}" * bool(attempt)
-        after = draw.uniform(0, 0.9 * duration)
+        name = f"{victim}-{number}" + f"-{attempt}" * bool(attempt)
+        after = draw.uniform(0, 0.9 * left_alone.duration)
         killed = kill_at(runs, name, victim, draw, after=after, in_a_write=number % 2 == 0)
         if killed is not None:
             break
@@ -370,8 +382,8 @@ def one_trial(
         killed,
         resumed,
         had_checkpoint and resumed == FROM_THE_BEGINNING,
-        differing_weights(weights, weights_of(run)),
-        differing_rows(rows, rows_of(run)),
+        differing_weights(left_alone.weights, weights_of(run)),
+        differing_rows(left_alone.rows, rows_of(run)),
     )
 
 

@@ -26,6 +26,7 @@ from benchmarks.cases import EOS, PAD, VOCABULARY, Case, Group, make_groups, rea
 from benchmarks.measuring import LiveTensors, machine, resident
 from benchmarks.memory import MemoryCase, recipe_of
 from rlhf.config import Architecture
+from rlhf.footprint import Sharding
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -37,6 +38,8 @@ SHAPE = Architecture(
     hidden_size=512, intermediate_size=1536, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=64, max_positions=512
 )
 CASE = Case(prompts=4, samples=4, prompt=16, completion=24, longest=48)
+REDUCE_BUCKET = Sharding().reduce_bucket
+"""Numbers, DeepSpeed's default."""
 BUCKET_BYTES = 16 * 2**20
 """Of the gather for the rollout engine, besides the recipe's own bucket, which is larger than these models."""
 
@@ -88,7 +91,9 @@ class Held:
     optimizer: int = 0
     """Moments, and the float32 weights that are stepped where they are not the parameters themselves."""
     gradients: int = 0
-    """All else that the update made: gradients, buckets, the micro-batches."""
+    """All else that the update made: gradients and micro-batches."""
+    bucket: int = 0
+    """What DeepSpeed sets aside for reducing gradients, whatever the model: on a CPU only what is written becomes resident."""
     resident: int = 0
     """Of the whole process after the last step, less what it was before the model was loaded."""
 
@@ -103,7 +108,9 @@ def census(before: dict[int, int], modules: list[nn.Module], held: Held) -> Iter
         moments = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         state = {key: size for key, size in storages(stepped + moments).items() if key not in parameters}
         rest = {k: size for k, size in alive().items() if k not in parameters and k not in state and k not in before}
-        held.parameters, held.optimizer, held.gradients = (sum(s.values()) for s in (parameters, state, rest))
+        bucket = {k: size for k, size in rest.items() if size in (2 * REDUCE_BUCKET, 4 * REDUCE_BUCKET)}
+        held.parameters, held.optimizer, held.bucket = (sum(s.values()) for s in (parameters, state, bucket))
+        held.gradients = sum(rest.values()) - held.bucket
 
     handle = register_optimizer_step_pre_hook(count)
     yield
@@ -128,7 +135,7 @@ def rollouts_of(groups: Sequence[Group]) -> tuple[list[Any], list[Any]]:
 def recipe(folder: Path) -> Any:
     overrides = (
         f"rollout.prompts_per_batch={CASE.prompts}", f"rollout.samples_per_prompt={CASE.samples}", "training.num_batches=1",
-        f"training.passes_per_batch={STEPS}", "training.tokens_per_micro_batch=256", "guards.max_kl_sampler=1e9", "optimizer.learning_rate=5e-6",
+        f"training.passes_per_batch={STEPS}", "training.tokens_per_micro_batch=256", "guards.max_kl_sampler=1e9", "optimizer.learning_rate=5e-5", "algorithm.loss=cispo", "algorithm.clip_high=4.0",
     )  # fmt: skip
     return recipe_of(MemoryCase("grpo", overrides), folder)
 
@@ -177,7 +184,7 @@ def run_zero(spec: Spec) -> None:
         "grad_norms": norms,
         "logprob_errors": gather(accelerator, difference.tolist()),
         "held": gather(accelerator, [asdict(held)]),
-        "gather": gather_peaks(updater.unwrapped) if spec.zero == "zero3" else None,
+        "gather": gather_peaks(updater.unwrapped) if spec.zero == "zero3" and spec.ranks > 1 else None,
     }
     if accelerator.is_main_process:
         (folder / "outcome.json").write_text(json.dumps(outcome))
@@ -186,18 +193,21 @@ def run_zero(spec: Spec) -> None:
 
 
 def gather_peaks(policy: nn.Module) -> list[dict[str, float]]:
-    """Most bytes alive at once while the rollout engine is sent whole weights, of which it keeps nothing here."""
+    """Most bytes alive beside this rank's own pieces while the rollout engine is sent whole weights, of which it keeps nothing here."""
     from rlhf import lora
 
-    peaks, own = [], lora.BUCKET_BYTES
+    found, own = [], lora.BUCKET_BYTES
     for size in (own, BUCKET_BYTES):
         lora.BUCKET_BYTES = size
         with LiveTensors() as live:
+            for parameter in policy.parameters():
+                getattr(parameter, "ds_tensor", parameter).view(-1)
+            before = live.peak
             for _ in lora.merged_parameters(policy):
                 pass
-        peaks.append({"bucket_mib": size / 2**20, "peak_mib": live.peak / 2**20})
+        found.append({"bucket_mib": size / 2**20, "extra_mib": (live.peak - before) / 2**20})
     lora.BUCKET_BYTES = own
-    return peaks
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------- from outside
@@ -221,7 +231,7 @@ def write_inputs(folder: Path) -> None:
     )  # fmt: skip
     for name, model_class, config in (("dense", Qwen3ForCausalLM, dense), ("moe", Qwen3MoeForCausalLM, moe)):
         torch.manual_seed(0)
-        model = model_class(config).eval()
+        model = model_class(config).eval().bfloat16().float()  # as published weights are
         model.save_pretrained(folder / name)
         groups = [
             Group(prompt=g.prompt, completions=g.completions, rewards=g.rewards, logprobs=[logprobs_of(model, g.prompt, c) for c in g.completions])
@@ -317,8 +327,8 @@ def refusals(rows: Sequence[dict[str, Any]]) -> list[str]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     by_key = {key_of(row): row for row in rows}
     lines = [
-        "| model | precision | ZeRO | ranks | parameters | optimizer | gradients and rest | resident | of one rank | loss, first and last | loss error | log-prob error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | precision | ZeRO | ranks | parameters | optimizer | gradients | bucket | resident | of one rank | loss, first and last | loss error | log-prob error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         reference = by_key.get((row["model"], "fp32", "none", 1))
@@ -326,7 +336,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         share = mib(row, "parameters", "optimizer") / mib(alone, "parameters", "optimizer") if alone else None
         lines.append(
             f"| {row['model']} | {row['dtype']} | {row['zero']} | {row['ranks']} | {mib(row, 'parameters'):.1f} | {mib(row, 'optimizer'):.1f} "
-            f"| {mib(row, 'gradients'):.1f} | {mib(row, 'resident'):.0f} | {'' if share is None else f'{share:.3f}'} "
+            f"| {mib(row, 'gradients'):.1f} | {mib(row, 'bucket'):.0f} | {mib(row, 'resident'):.0f} | {'' if share is None else f'{share:.3f}'} "
             f"| {row['losses'][0]:+.4f}, {row['losses'][-1]:+.4f} | {'' if reference is None else f'{loss_error(row, reference):.1e}'} "
             f"| {row['logprob_error']:.1e} |"
         )

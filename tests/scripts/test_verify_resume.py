@@ -37,7 +37,7 @@ def test_rows_that_differ_or_are_missing_are_counted():
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_writes_a_checkpoint_ends_as_the_one_left_alone(model_folder, tmp_path):
+def test_a_run_that_is_killed_or_loses_its_graders_ends_as_the_one_left_alone(model_folder, tmp_path):
     prepared = prepare(
         seed=0, min_level=2, max_level=3, answers_at_once=0.0, demonstrations=64, train_problems=64, test_problems=4,
         train_pairs=4, heldout_pairs=2,
@@ -48,9 +48,10 @@ def test_a_run_killed_while_it_writes_a_checkpoint_ends_as_the_one_left_alone(mo
         sys.executable, "scripts/verify_resume.py", "recipes/tiny/grpo.yaml", f"policy.path={model_folder}", f"problems={tmp_path}/problems.jsonl",
         f"demonstrations={tmp_path}/demonstrations.jsonl", "rewards=[{name: correctness}, {name: length}]", "rollout.engine=transformers",
         "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4", "rollout.max_prompt_tokens=120", "training.num_batches=4",
-        "training.passes_per_batch=2", "--kills", "2", "--damage", "--folder", tmp_path / "runs",
+        "training.passes_per_batch=2", "--kills", "2", "--victim", "job", "--victim", "grader", "--damage", "--folder", tmp_path / "runs",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 2 resumed runs end as the run left alone" in done.stdout
     assert done.stdout.count("newest checkpoint damaged") >= 1
+    assert "the run went on through 2 of 2 kills; weights that differ: 0, rows that differ: 0" in done.stdout
