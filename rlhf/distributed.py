@@ -120,10 +120,10 @@ def clip_and_step(accelerator: Accelerator, model: Any, optimizer: Any, schedule
     """Clip, step and clear the gradients; returns the norm before clipping.
 
     Raises:
-        FloatingPointError: when the norm is not finite, before the weights are touched (DeepSpeed: after; nothing is saved).
+        FloatingPointError: when the norm is not finite, before the weights are touched.
     """
     if is_deepspeed(accelerator):
-        norm = float(model.get_global_grad_norm())  # stepped in its backward pass
+        norm = float(model.get_global_grad_norm())  # stepped in its backward pass, unless this is infinite
     else:
         norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))  # type: ignore[arg-type]
     if not torch.isfinite(torch.tensor(norm)):

@@ -54,8 +54,9 @@ def judge_folder(model_folder, tokenizer, tmp_path_factory):
 
 
 def config_file(name):
-    """Of the recipes; `pieces` is ZeRO-3 that keeps not even the smallest weights whole, as it would with our tiny models."""
-    if name != "pieces":
+    """Of the recipes; `pieces` is ZeRO-3 that keeps not even the smallest weights whole, as it would with our tiny models, and `pieces_bf16`
+    the same in bfloat16."""
+    if not name.startswith("pieces"):
         return ROOT / f"recipes/accelerate/{name}.yaml"
     folder = Path(tempfile.mkdtemp())
     deepspeed = {
@@ -65,6 +66,8 @@ def config_file(name):
         "train_batch_size": "auto",
         "gradient_accumulation_steps": "auto",
     }
+    if name.endswith("bf16"):
+        deepspeed["bf16"] = {"enabled": True}
     (folder / "deepspeed.json").write_text(json.dumps(deepspeed))
     config = yaml.safe_load((ROOT / "recipes/accelerate/zero3.yaml").read_text())
     config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": True}
@@ -238,6 +241,11 @@ def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_ran
     """GRPO, with LoRA and an entropy mask over all ranks, with a moving average as reference, of mixtures of experts; PPO with its critic;
     and a reward model in pieces, which one rank asks more than the other."""
     two = weights_after(accelerate_config, 2, {name: models[name] for name in chosen}, tmp_path / "weights")
+    if "base" in chosen:
+        assert (two["poisoned.running"], two["poisoned.changed"]) == (
+            0,
+            0,
+        )  # on every rank, before a weight was touched
     members = {key.partition(".")[0] for key in two}
     assert two.keys() == {key for key in steps_of_one_rank if key.partition(".")[0] in members}
     assert chosen - {"base"} <= members
@@ -245,6 +253,21 @@ def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_ran
         torch.testing.assert_close(
             value, steps_of_one_rank[key], atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+@pytest.mark.slow
+def test_two_ranks_in_bfloat16_pieces_take_the_steps_of_one_in_float32_up_to_rounding(
+    models, steps_of_one_rank, tmp_path
+):
+    """A norm is a sum over all weights, in which roundings of 2^-9 cancel; two steps of AdamW move a weight by 6e-4 at most."""
+    two = weights_after("pieces_bf16", 2, {name: models[name] for name in ("base", "moe")}, tmp_path / "weights")
+    for key, value in two.items():
+        if key.endswith("grad_norm") or key.startswith("poisoned"):
+            assert value.item() == pytest.approx(steps_of_one_rank[key].item(), rel=0.03), key
+        else:
+            torch.testing.assert_close(
+                value, steps_of_one_rank[key], atol=1.3e-3, rtol=2**-8, msg=lambda m, key=key: f"{key}: {m}"
+            )
 
 
 def moments_of(checkpoint):

@@ -85,8 +85,8 @@ def whole_parameters(module):
             yield key, parameter.detach()
 
 
-def take_steps(recipe, model, *overrides):
-    """Weights of everything trained, and gradient norms, after the steps."""
+def build(recipe, model, *overrides):
+    """Config, accelerator and updater of a member."""
     config = load_config(
         ROOT / f"recipes/tiny/{recipe}.yaml",
         [
@@ -108,6 +108,30 @@ def take_steps(recipe, model, *overrides):
     frozen = config.reference is not None and config.reference.kind == "frozen"
     reference = load_causal_lm(model, revision=None, dtype="float32") if frozen else None
     updater = Updater(config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=0)
+    return config, accelerator, updater
+
+
+def experience_of(config, accelerator, updater):
+    """This rank's share of the stored rollouts, judged."""
+    rollouts, scores = stored_rollouts()
+    share = len(rollouts) // accelerator.num_processes
+    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    values = updater.values(rollouts[own]) if updater.critic is not None else None
+    ranks = Ranks(lambda items: gather(accelerator, items), accelerator.process_index)
+    return estimate(rollouts[own], scores[own], config, ranks=ranks, values=values)
+
+
+def weights_of(updater):
+    return {
+        f"{name}.{key}": tensor.float().clone()
+        for name, learner in updater.learners.items()
+        for key, tensor in whole_parameters(learner.unwrapped)
+    }
+
+
+def take_steps(recipe, model, *overrides):
+    """Weights of everything trained, and gradient norms, after the steps."""
+    config, accelerator, updater = build(recipe, model, *overrides)
     if zero_stage(accelerator) == 3:
         for learner in updater.learners.values():
             assert all(block._z3_leaf for _, block in moe_blocks(learner.unwrapped)), "a block of experts is no leaf"
@@ -115,21 +139,28 @@ def take_steps(recipe, model, *overrides):
         bound = (config.optimizer if name == "policy" else config.critic.optimizer).max_grad_norm
         engine_bound = learner.module.gradient_clipping() if hasattr(learner.module, "gradient_clipping") else bound
         assert engine_bound == bound, f"{name} is clipped at {engine_bound} and not at {bound}"
-    rollouts, scores = stored_rollouts()
-    share = len(rollouts) // accelerator.num_processes
-    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    values = updater.values(rollouts[own]) if critic is not None else None
-    ranks = Ranks(lambda items: gather(accelerator, items), accelerator.process_index)
-    experience = estimate(rollouts[own], scores[own], config, ranks=ranks, values=values)
     metrics = Metrics()
-    updater.update(experience, metrics)
-    weights = {
-        f"{name}.{key}": tensor.float().clone()
-        for name, learner in updater.learners.items()
-        for key, tensor in whole_parameters(learner.unwrapped)
-    }
+    updater.update(experience_of(config, accelerator, updater), metrics)
     # AdamW's first steps are as large whatever the gradient's scale; its norm tells.
-    return weights | {key: torch.tensor(v) for key, (v, _) in metrics.pairs().items() if key.endswith("grad_norm")}
+    norms = {key: torch.tensor(v) for key, (v, _) in metrics.pairs().items() if key.endswith("grad_norm")}
+    return weights_of(updater) | norms
+
+
+def survives_a_poisoned_gradient(model):
+    """How many ranks stopped when the first rank's gradient was not a number, and how many weights had changed by then."""
+    config, accelerator, updater = build("grpo", model)
+    before, stopped = weights_of(updater), False
+    if accelerator.is_main_process:
+        next(updater.unwrapped.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    try:
+        updater.update(experience_of(config, accelerator, updater), Metrics())
+    except FloatingPointError:
+        stopped = True
+    changed = sum(int((after != before[name]).sum()) for name, after in weights_of(updater).items())
+    return {
+        "poisoned.running": torch.tensor(gather(accelerator, [stopped]).count(False)),
+        "poisoned.changed": torch.tensor(changed),
+    }
 
 
 def scores_of_a_sharded_judge(model):
@@ -155,6 +186,8 @@ def main(output, *named_models):
         if model in models
         for key, value in take_steps(recipe, models[model], *overrides).items()
     }
+    if "base" in models:
+        weights |= survives_a_poisoned_gradient(models["base"])
     if "judge" in models:
         weights |= scores_of_a_sharded_judge(models["judge"])
     if int(os.environ.get("RANK", "0")) == 0:

@@ -135,7 +135,7 @@ def rollouts_of(groups: Sequence[Group]) -> tuple[list[Any], list[Any]]:
 def recipe(folder: Path) -> Any:
     overrides = (
         f"rollout.prompts_per_batch={CASE.prompts}", f"rollout.samples_per_prompt={CASE.samples}", "training.num_batches=1",
-        f"training.passes_per_batch={STEPS}", "training.tokens_per_micro_batch=256", "guards.max_kl_sampler=1e9", "optimizer.learning_rate=5e-5", "algorithm.loss=cispo", "algorithm.clip_high=4.0",
+        f"training.passes_per_batch={STEPS}", "training.tokens_per_micro_batch=256", "guards.max_kl_sampler=1e9", "optimizer.learning_rate=3e-5", "algorithm.loss=sapo",
     )  # fmt: skip
     return recipe_of(MemoryCase("grpo", overrides), folder)
 
@@ -231,7 +231,9 @@ def write_inputs(folder: Path) -> None:
     )  # fmt: skip
     for name, model_class, config in (("dense", Qwen3ForCausalLM, dense), ("moe", Qwen3MoeForCausalLM, moe)):
         torch.manual_seed(0)
-        model = model_class(config).eval().bfloat16().float()  # as published weights are
+        model = model_class(config).eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()  # as published weights are
         model.save_pretrained(folder / name)
         groups = [
             Group(prompt=g.prompt, completions=g.completions, rewards=g.rewards, logprobs=[logprobs_of(model, g.prompt, c) for c in g.completions])
