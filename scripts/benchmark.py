@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     )
     zero.add_argument("--model", action="append", choices=ZERO_MODELS, help="both when not given")
     zero.add_argument("--dtype", action="append", choices=ZERO_DTYPES, help="both when not given")
+    zero.add_argument("--ranks", action="append", type=int, choices=(1, 2), help="both when not given")
     zero.add_argument("--setup", action="append", choices=ZERO_SETUPS, help="all when not given")
     for command in (step, rollout, whole, memory, zero):
         command.add_argument("--json", type=Path, help="where the figures go")
@@ -130,8 +131,9 @@ def zero_figures(arguments: argparse.Namespace) -> int:
     rows = {zero.key_of(row): row for row in json.loads(path.read_text())} if path and path.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         zero.write_inputs(Path(folder))
-        chosen = (arguments.model or ZERO_MODELS, arguments.dtype or list(ZERO_DTYPES), arguments.setup or ZERO_SETUPS)
-        for spec in zero.cases(*chosen, Path(folder)):
+        models, dtypes = arguments.model or ZERO_MODELS, arguments.dtype or list(ZERO_DTYPES)
+        setups, ranks = arguments.setup or ZERO_SETUPS, arguments.ranks or (1, 2)
+        for spec in zero.cases(models, dtypes, setups, ranks, Path(folder)):
             row = zero.measure(spec)
             rows[zero.key_of(row)] = row
             print(zero.table([row]).splitlines()[-1], flush=True)

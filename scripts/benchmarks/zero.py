@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -285,12 +286,11 @@ def measure(spec: Spec) -> dict[str, Any]:
     }
 
 
-def cases(models: Sequence[str], dtypes: Sequence[str], setups: Sequence[str], folder: Path) -> Iterator[Spec]:
-    for model in models:
-        for dtype in dtypes:
-            for ranks in (1, 2):
-                for setup in setups:
-                    yield Spec(zero=setup, model=model, dtype=dtype, ranks=ranks, folder=str(folder))
+def cases(
+    models: Sequence[str], dtypes: Sequence[str], setups: Sequence[str], numbers: Sequence[int], folder: Path
+) -> Iterator[Spec]:
+    for model, dtype, ranks, setup in itertools.product(models, dtypes, numbers, setups):
+        yield Spec(zero=setup, model=model, dtype=dtype, ranks=ranks, folder=str(folder))
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, str, str, int]:
