@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from reward_models.outcome import OutcomeModel
 from rlhf.config import PPO, load_config
 from rlhf.critic import load_critic
-from rlhf.distributed import gather, is_sharded, leave, start, whole, zero_stage
+from rlhf.distributed import gather, is_sharded, leave, optimizer_state, start, whole, zero_stage
 from rlhf.experience import Ranks, estimate
 from rlhf.lora import add_lora
 from rlhf.metrics import Metrics
@@ -146,6 +146,18 @@ def take_steps(recipe, model, *overrides):
     return weights_of(updater) | norms
 
 
+def largest_error_of_masters(model):
+    """Of the float32 weights that an optimizer starts to step, against the file's."""
+    _, accelerator, updater = build("grpo", model)
+    masters, _ = optimizer_state(accelerator, updater.unwrapped, updater.policy.optimizer)
+    file = load_file(Path(model) / "model.safetensors")
+    return (
+        {"masters.error": torch.stack([(masters[name].float() - file[name]).abs().max() for name in masters]).max()}
+        if masters
+        else {}
+    )
+
+
 def survives_a_poisoned_gradient(model):
     """How many ranks stopped when the first rank's gradient was not a number, and how many weights had changed by then."""
     config, accelerator, updater = build("grpo", model)
@@ -186,6 +198,8 @@ def main(output, *named_models):
         if model in models
         for key, value in take_steps(recipe, models[model], *overrides).items()
     }
+    if "masters" in models:
+        weights |= largest_error_of_masters(models["masters"])
     if "base" in models:
         weights |= survives_a_poisoned_gradient(models["base"])
     if "judge" in models:
