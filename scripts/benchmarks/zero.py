@@ -44,8 +44,9 @@ REDUCE_BUCKET = Sharding().reduce_bucket
 BUCKET_BYTES = 16 * 2**20
 """Of the gather for the rollout engine, besides the recipe's own bucket, which is larger than these models."""
 
-LOSS_ERROR = {"fp32": 1e-4, "bf16": 0.02}
-"""Largest difference from the losses of one float32 rank without ZeRO, as a share of the distance that those cover."""
+LOSS_ERROR = {("dense", "fp32"): 1e-4, ("moe", "fp32"): 1e-4, ("dense", "bf16"): 0.02, ("moe", "bf16"): 0.06}
+"""Largest difference from the losses of one float32 rank without ZeRO, as a share of the distance that those cover. In bfloat16 a router
+sends some tokens to other experts."""
 LOGPROB_ERROR = {"fp32": 1e-4, "bf16": 0.02}
 """Nats, mean over the tokens of the first step."""
 ZERO3_SHARE = 0.55
@@ -80,7 +81,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def alive() -> dict[int, int]:
     """Of all tensors that Python holds, their gradients included."""
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     return storages(tensors + [t.grad for t in tensors if t.is_leaf and t.grad is not None])
 
 
@@ -314,7 +315,7 @@ def refusals(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         name = f"{row['model']}, {row['dtype']}, {row['zero']}, {row['ranks']} ranks"
         reference = by_key.get((row["model"], "fp32", "none", 1))
-        if reference is not None and not loss_error(row, reference) <= LOSS_ERROR[row["dtype"]]:
+        if reference is not None and not loss_error(row, reference) <= LOSS_ERROR[row["model"], row["dtype"]]:
             found.append(f"{name}: the losses differ by {loss_error(row, reference):.2g} of their range")
         if not row["logprob_error"] <= LOGPROB_ERROR[row["dtype"]]:
             found.append(f"{name}: log-probabilities are {row['logprob_error']:.2g} nats from those of float32")
