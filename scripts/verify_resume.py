@@ -208,16 +208,17 @@ def kill_parts(runs: Runs, name: str, victim: str, draw: random.Random, *, kills
     """
     process, run = runs.start(name), runs.folder / name
     wait_until(process, lambda: has_begun(run))
-    struck = []
-    for number in range(1, kills + 1):
+    struck: list[str] = []
+    while len(struck) < kills and process.poll() is None:
         wait_until(process, lambda: False, draw.uniform(0, 0.8 * duration / kills))
-        busy = number % 2 == 0 and wait_until(process, lambda: bool(at_work(process, victim)), seconds=5)
-        found = at_work(process, victim) or find_victims(process, victim) if busy else find_victims(process, victim)
+        looked_for = at_work if len(struck) % 2 else find_victims
+        wait_until(process, lambda find=looked_for: bool(find(process, victim)), seconds=5)
+        found = looked_for(process, victim)
         if found:
             with suppress(psutil.NoSuchProcess):
                 draw.choice(found).kill()
                 rows = len(read_jsonl(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
-                struck.append(f"in batch {rows + 1}" + ", at work" * busy)
+                struck.append(f"in batch {rows + 1}" + ", at work" * (looked_for is at_work))
     if process.wait() != 0:
         raise ChildProcessError(
             f"the run {run} did not survive the loss of a {victim}; its last words are in {run}.log"

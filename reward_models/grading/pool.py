@@ -27,6 +27,9 @@ _ROOT = Path(__file__).resolve().parents[2]
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from reward_models.grading.worker import main; main(int(sys.argv[2]))"
 )
+ATTEMPTS = 3
+"""At a completion whose worker dies: by someone else's hand, perhaps, that of a system short of memory; a completion that kills its worker
+does so again."""
 Case = tuple[str | None, str | None]
 """(completion, reference)"""
 
@@ -163,10 +166,9 @@ class GraderPool:
         worker = self._idle.get()
         try:
             worker, judged = self._ask(worker, case)
-            if (
-                judged.reason == "crashed"
-            ):  # by someone else's hand, perhaps; a completion that kills its worker does so again
-                worker, judged = self._ask(worker, case)
+            for _ in range(ATTEMPTS - 1):
+                if judged.reason == "crashed":
+                    worker, judged = self._ask(worker, case)
             return judged
         finally:
             self._idle.put(worker)
