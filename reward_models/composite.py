@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from accelerate import Accelerator
+
 from reward_models.grading import Grade, GraderPool, grade
 from reward_models.grading.pool import Case
 from reward_models.outcome import OutcomeModel
 from reward_models.verifiable import Component, find_rule, overlong
 from rlhf.config import Online, RewardModelReward
+from rlhf.distributed import loaded_whole
 from rlhf.types import Rollout, Score, StepReward
 
 
@@ -80,13 +83,15 @@ class CompositeReward:
         )
 
 
-def build_reward(config: Online, *, prefill: str, device: str) -> CompositeReward:
-    """The reward function of a recipe, its models loaded."""
+def build_reward(
+    config: Online, *, prefill: str, device: str, accelerator: Accelerator | None = None
+) -> CompositeReward:
+    """The reward function of a recipe, its models loaded: whole, or sharded over the ranks of `accelerator` where the recipe says so."""
     rules: dict[str, tuple[Component, float]] = {}
     models: dict[str, tuple[Callable[[Sequence[Rollout]], list[float]], float]] = {}
     for reward in config.rewards:
         if isinstance(reward, RewardModelReward):
-            model = OutcomeModel.load(reward.path, device=device)
+            model = _load(reward, device, accelerator)
             models[reward.name] = (model.scorer(clip=reward.clip, batch_size=reward.batch_size), reward.weight)
         elif reward.buffer_tokens is not None:
             rule = overlong(max_tokens=config.rollout.max_new_tokens, buffer_tokens=reward.buffer_tokens)
@@ -100,6 +105,15 @@ def build_reward(config: Online, *, prefill: str, device: str) -> CompositeRewar
         accept=config.grader.accept,
     )
     return CompositeReward(rules, models, prefill, config.algorithm.truncated == "wrong", pool.grade_many)
+
+
+def _load(reward: RewardModelReward, device: str, accelerator: Accelerator | None) -> OutcomeModel:
+    if accelerator is None:
+        return OutcomeModel.load(reward.path, device=device)
+    if reward.placement == "sharded":
+        return OutcomeModel.load(reward.path, device=device).shard(accelerator)
+    with loaded_whole(accelerator):
+        return OutcomeModel.load(reward.path, device=device)
 
 
 def require_reachable(reward: CompositeReward, references: Sequence[Rollout]) -> None:

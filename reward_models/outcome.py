@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from rlhf.config import RewardModel
+from rlhf.distributed import global_max, place_frozen
 from rlhf.lora import adapt, save_model
 from rlhf.run import write_json
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
@@ -37,7 +39,14 @@ class OutcomeModel:
     """A trained reward model with the statistics that standardise its scores."""
 
     def __init__(self, model: Any, pad_token_id: int, mean: float, std: float) -> None:
-        self._model, self._pad_token_id, self.mean, self.std = model, pad_token_id, mean, std
+        self._model: Any = model
+        self._pad_token_id, self.mean, self.std = pad_token_id, mean, std
+        self._sharded_over: Accelerator | None = None
+
+    def shard(self, accelerator: Accelerator) -> OutcomeModel:
+        """Itself, its weights under ZeRO-3 in pieces: from now on every rank must score whenever one does, be it nothing."""
+        self._model, self._sharded_over = place_frozen(accelerator, self._model), accelerator
+        return self
 
     @classmethod
     def load(cls, path: str, *, device: str) -> OutcomeModel:
@@ -69,21 +78,26 @@ class OutcomeModel:
         """[N] unstandardised scores; sequences of similar length share a batch."""
         scores = torch.empty(len(sequences))
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = len(sequences[rows[-1]])
-            input_ids = torch.full((len(rows), width), self._pad_token_id)
-            attention_mask = torch.zeros_like(input_ids)
-            for b, i in enumerate(rows):
-                input_ids[b, : len(sequences[i])] = torch.tensor(list(sequences[i]))
-                attention_mask[b, : len(sequences[i])] = 1
-            logits = self._model(
-                input_ids=input_ids.to(self._model.device),
-                attention_mask=attention_mask.to(self._model.device),
-                use_cache=False,
-            ).logits
-            scores[rows] = logits[:, 0].float().cpu()
+        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for rows in chunks:
+            scores[rows] = self._forward([sequences[i] for i in rows])
+        if self._sharded_over is not None:  # the other ranks cannot gather a layer without this one
+            for _ in range(global_max(self._sharded_over, len(chunks)) - len(chunks)):
+                self._forward([[self._pad_token_id]])
         return scores
+
+    def _forward(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[N] scores of one batch, padded on the right."""
+        input_ids = torch.full((len(sequences), max(map(len, sequences))), self._pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for b, sequence in enumerate(sequences):
+            input_ids[b, : len(sequence)] = torch.tensor(list(sequence))
+            attention_mask[b, : len(sequence)] = 1
+        device = self._model.device
+        logits = self._model(
+            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+        ).logits
+        return logits[:, 0].float().cpu()
 
     def scorer(self, *, clip: float, batch_size: int) -> Callable[[Sequence[Rollout]], list[float]]:
         """Rollouts to standardised scores in [-clip, clip]."""

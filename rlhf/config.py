@@ -451,6 +451,9 @@ class RewardModelReward(Section):
     clip: Annotated[float, Field(gt=0)] = 3.0
     """Standard deviations beyond which a score no longer grows."""
     batch_size: PositiveInt = 64
+    placement: Literal["whole", "sharded"] = "whole"
+    """`whole` on every rank, or, under ZeRO-3, `sharded` over the ranks, for a model that does not fit onto one: every rank then takes part in
+    every forward pass, whatever its own rollouts. Without ZeRO-3 both are whole."""
 
 
 class Reference(Section):

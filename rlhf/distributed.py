@@ -134,14 +134,29 @@ def micro_batch(accelerator: Accelerator, model: nn.Module, *, last: bool) -> It
         yield
 
 
+@contextmanager
+def exact_masters(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
+    """Around `accelerator.prepare`: what ZeRO-1 and 2 step in float32 under bf16 starts as the float32 weights of the module.
+
+    DeepSpeed rounds the module to bfloat16 first and copies that. A weight on bfloat16's grid stays where it is in every forward pass until
+    its steps add up to half of the grid's spacing; ones in between move in proportion from the first step on. ZeRO-3 has only loaded bfloat16.
+    """
+    rounds = zero_stage(accelerator) in (1, 2) and accelerator.mixed_precision == "bf16"
+    trained = [p for p in module.parameters() if rounds and p.requires_grad and p.dtype == torch.float32]
+    exact = [p.detach().cpu().clone() for p in trained]
+    yield
+    for p, weight in zip(trained, exact, strict=True):
+        _set_master(accelerator, p, weight, None)
+
+
 def clip_and_step(accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, max_grad_norm: float) -> float:
     """Clip, step and clear the gradients; returns the norm before clipping.
 
     Raises:
-        FloatingPointError: when the norm is not finite, before the weights are touched (DeepSpeed: after; nothing is saved).
+        FloatingPointError: when the norm is not finite, before the weights are touched.
     """
     if is_deepspeed(accelerator):
-        norm = float(model.get_global_grad_norm())  # stepped in its backward pass
+        norm = float(model.get_global_grad_norm())  # stepped in its backward pass, unless this is infinite
     else:
         norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))  # type: ignore[arg-type]
     if not torch.isfinite(torch.tensor(norm)):

@@ -14,6 +14,7 @@ from rlhf.config import Optimizer
 from rlhf.distributed import (
     clip_and_step,
     clip_in_engine,
+    exact_masters,
     mark_leaf_modules,
     micro_batch,
     stepping_optimizer,
@@ -46,7 +47,8 @@ class Learner:
         if zero_stage(accelerator) == 3:
             mark_leaf_modules(module)
         training = module.training
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        with exact_masters(accelerator, module):
+            self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.module.train(training)  # accelerate and DeepSpeed may have switched it
         self.scheduler = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,

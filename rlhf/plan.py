@@ -280,13 +280,14 @@ def _online_parts(
             "critic", critic, sharding, machine, micro_batches=work.micro_batches, head=footprint.no_head
         )
     if config.reference is not None:
-        parts += _reference_parts(config, policy, shapes, largest)
+        parts += _reference_parts(config, policy, shapes, sharding, machine, largest)
     for reward in config.rewards:
         if isinstance(reward, RewardModelReward):
             shape = shapes["reward_model"]
             frozen = Trained(shape=shape, dtype="float32", checkpointing=False, lora=None, has_head=False)
             tokens = min(reward.batch_size, work.sequences) * (work.prompt + work.completion)
-            size = 4.0 * frozen.parameters
+            pieces = _pieces(sharding, machine) if reward.placement == "sharded" else 1
+            size = 4.0 * frozen.parameters / pieces
             parts.append(Part(name="reward model", when=ALWAYS, size=size))
             scratch = forward_scratch(shape, "float32", tokens)
             parts.append(Part(name="reward model activations", when="scoring", size=scratch))
@@ -324,14 +325,24 @@ def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
     return 2 * WIDTH[dtype] * shape.num_layers * shape.kv_width
 
 
+def _pieces(sharding: Sharding, machine: Machine) -> int:
+    """Of the weights of a model that is only run."""
+    return machine.count if sharding.stage == 3 else 1
+
+
 def _reference_parts(
-    config: Online, policy: Trained, shapes: Mapping[str, ModelShape], micro: MicroBatch
+    config: Online,
+    policy: Trained,
+    shapes: Mapping[str, ModelShape],
+    sharding: Sharding,
+    machine: Machine,
+    micro: MicroBatch,
 ) -> list[Part]:
     reference = config.reference
     assert reference is not None
     shape = shapes.get("reference", policy.shape) if reference.kind == "frozen" else policy.shape
     dtype = reference.dtype if reference.kind == "frozen" else policy.dtype
-    size = 0.0 if reference.kind == "lora_base" else float(WIDTH[dtype] * shape.parameters)
+    size = 0.0 if reference.kind == "lora_base" else WIDTH[dtype] * shape.parameters / _pieces(sharding, machine)
     found = [Part(name="reference", when=ALWAYS, size=size)]
     scratch = forward_scratch(shape, dtype, micro.tokens)
     logits = 8.0 * min(footprint.HEAD_ROWS, micro.scored) * shape.vocab_size

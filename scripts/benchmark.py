@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from benchmarks.cases import CASES
 from benchmarks.memory import CASES as MEMORY_CASES
 from benchmarks.memory import MODELS as MEMORY_MODELS
+from benchmarks.zero import DTYPES as ZERO_DTYPES
+from benchmarks.zero import MODELS as ZERO_MODELS
+from benchmarks.zero import SETUPS as ZERO_SETUPS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,13 +71,25 @@ def parser() -> argparse.ArgumentParser:
         default="returning",
         help="whether blocks that are freed go back to the system, or as glibc has it",
     )
-    for command in (step, rollout, whole, memory):
+    zero = commands.add_parser(
+        "zero", help="losses and memory of each rank under every ZeRO stage, on one rank and two"
+    )
+    zero.add_argument("--model", action="append", choices=ZERO_MODELS, help="both when not given")
+    zero.add_argument("--dtype", action="append", choices=ZERO_DTYPES, help="both when not given")
+    zero.add_argument("--ranks", action="append", type=int, choices=(1, 2), help="both when not given")
+    zero.add_argument("--setup", action="append", choices=ZERO_SETUPS, help="all when not given")
+    for command in (step, rollout, whole, memory, zero):
         command.add_argument("--json", type=Path, help="where the figures go")
     return main
 
 
 def run_spec(spec: dict[str, Any]) -> None:
-    if "memory" in spec:
+    if "zero" in spec:
+        from benchmarks.zero import Spec as ZeroSpec
+        from benchmarks.zero import run_zero
+
+        run_zero(ZeroSpec(**spec))
+    elif "memory" in spec:
         from benchmarks.memory import run_memory
 
         run_memory(spec)
@@ -107,11 +123,35 @@ def whole_step_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def zero_figures(arguments: argparse.Namespace) -> int:
+    """The cases that were asked for, beside those that the file already has."""
+    from benchmarks import zero
+
+    path = arguments.json
+    rows = {zero.key_of(row): row for row in json.loads(path.read_text())} if path and path.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        zero.write_inputs(Path(folder))
+        models, dtypes = arguments.model or ZERO_MODELS, arguments.dtype or list(ZERO_DTYPES)
+        setups, ranks = arguments.setup or ZERO_SETUPS, arguments.ranks or (1, 2)
+        for spec in zero.cases(models, dtypes, setups, ranks, Path(folder)):
+            row = zero.measure(spec)
+            rows[zero.key_of(row)] = row
+            print(zero.table([row]).splitlines()[-1], flush=True)
+            if path:
+                path.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+    print(zero.table(list(rows.values())))
+    refused = zero.refusals(list(rows.values()))
+    print("\n".join(refused), file=sys.stderr)
+    return int(bool(refused))
+
+
 def main() -> int:
     arguments = parser().parse_args()
     if arguments.command == "side":
         run_spec(json.loads(arguments.spec.read_text()))
         return 0
+    if arguments.command == "zero":
+        return zero_figures(arguments)
     if arguments.command == "memory":
         from benchmarks.memory import compare, table
 

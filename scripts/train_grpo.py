@@ -38,14 +38,13 @@ def train_online(config: Online, run: Run) -> None:
     fitting = reference_solutions(config, renderer, demonstrations)
 
     accelerator = start(config.seed)
-    with loaded_whole(accelerator):  # each rank judges and samples by itself
-        reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device))
+    reward_fn = build_reward(config, prefill=renderer.prefill, device=str(accelerator.device), accelerator=accelerator)
     require_reachable(reward_fn, fitting)
     policy = load_causal_lm(config.policy.path, revision=config.policy.revision, dtype=config.policy.dtype)
     adapt(policy, config.policy)
     reference = config.reference
     critic = load_critic(config.critic) if isinstance(config, PPO) else None
-    with loaded_whole(accelerator):
+    with loaded_whole(accelerator):  # each rank samples by itself
         engine = build_engine(
             config.rollout,
             config.policy.path,

@@ -1,10 +1,14 @@
-"""Kills a run at random moments, resumes it, and compares what comes out with a run left alone: weights bit for bit, metrics row by row.
+"""Kills a run, or a part of it, at random moments and compares what comes out with a run left alone: weights bit for bit, metrics row by row.
 
     python scripts/verify_resume.py recipes/tiny/grpo.yaml training.num_batches=15 --kills 20
+    python scripts/verify_resume.py recipes/tiny/grpo.yaml --victim grader --kills 10
+    python scripts/verify_resume.py recipes/tiny/grpo.yaml --victim rank --accelerate_config recipes/accelerate/ddp.yaml --num_processes 2
 
-Each kill is a trial of its own: SIGKILL to all processes of the run, then the same command again until it finishes. Every second kill
-waits for a checkpoint that is being written and comes in the middle of it. The exit code is 0 when every trial went on from a
-checkpoint, if it had one, and ended as the run left alone, 1 when one did not, 2 when a run failed. Equality to the last bit holds on one CPU rank.
+`job`: each kill is a trial of its own, SIGKILL to all processes of the run, then the same command again until it finishes. Every second kill
+waits for a checkpoint that is being written and comes in the middle of it. `rank`: the same, but one rank is killed and the launcher has
+to end the others. `grader`: workers of the grader are killed during one run, which has to go on by itself; every second kill waits for one
+that is at work. The exit code is 0 when every trial went on from a checkpoint, if it had one, and ended as the run left alone, 1 when one
+did not, 2 when a run failed. Equality to the last bit holds on one CPU rank, and on two.
 """
 
 from __future__ import annotations
@@ -12,14 +16,15 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -32,6 +37,8 @@ ROOT = Path(__file__).parents[1]
 FROM_THE_BEGINNING = "from the beginning"
 ATTEMPTS = 5
 """At a kill that comes before the run ends."""
+LAUNCHER_SECONDS = 90
+"""In which a launcher that lost a rank must have ended the others."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,15 @@ class Runs:
 
 
 @dataclass(frozen=True)
+class LeftAlone:
+    """What came out of the run that nobody disturbed, and its seconds after the first checkpoint or row of metrics."""
+
+    weights: dict[str, torch.Tensor]
+    rows: list[dict[str, float]]
+    duration: float
+
+
+@dataclass(frozen=True)
 class Trial:
     """One kill and what became of it."""
 
@@ -101,7 +117,61 @@ def wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool], 
     return False
 
 
-def kill_at(runs: Runs, name: str, *, after: float, in_a_write: bool) -> str | None:
+def job(leader: psutil.Process) -> list[psutil.Process]:
+    """All processes of a run."""
+    return [leader, *leader.children(recursive=True)]
+
+
+def ranks(leader: psutil.Process) -> list[psutil.Process]:
+    """Those that a launcher started."""
+    return [process for process in leader.children(recursive=True) if "LOCAL_RANK" in process.environ()]
+
+
+def graders(leader: psutil.Process) -> list[psutil.Process]:
+    """Workers of reward_models/grading/pool.py."""
+    return [
+        process
+        for process in leader.children(recursive=True)
+        if any("reward_models.grading.worker" in argument for argument in process.cmdline())
+    ]
+
+
+VICTIMS = {"job": job, "rank": ranks, "grader": graders}
+DISPENSABLE = ("grader",)
+"""Victims whose loss a run survives by itself."""
+
+
+def find_victims(process: subprocess.Popen[bytes], victim: str) -> list[psutil.Process]:
+    """The processes of a run that a kill may hit; a process that ends meanwhile is none."""
+    try:
+        return VICTIMS[victim](psutil.Process(process.pid))
+    except psutil.Error:
+        return []
+
+
+def strike(
+    process: subprocess.Popen[bytes], victims: Sequence[psutil.Process], everything: Sequence[psutil.Process]
+) -> bool:
+    """SIGKILL to processes whose loss has to end their run; whether it ended by that.
+
+    Raises:
+        ChildProcessError: when the rest of the run goes on waiting for those that are gone.
+    """
+    for victim in victims:
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+    try:
+        ended = process.wait(LAUNCHER_SECONDS) != 0 and bool(victims)
+    except subprocess.TimeoutExpired:
+        raise ChildProcessError(f"{LAUNCHER_SECONDS} s after the kill the run had not ended") from None
+    finally:  # a launcher's children are sessions of their own
+        for left in everything:
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+    return ended
+
+
+def kill_at(runs: Runs, name: str, victim: str, draw: random.Random, *, after: float, in_a_write: bool) -> str | None:
     """Start a run and kill it `after` seconds of training, or in the first write of a checkpoint from then on; where it had come to.
 
     None when it ended before.
@@ -109,20 +179,51 @@ def kill_at(runs: Runs, name: str, *, after: float, in_a_write: bool) -> str | N
     process, run = runs.start(name), runs.folder / name
     wait_until(process, lambda: has_begun(run))
     wait_until(process, lambda: False, after)
+    everything, victims = find_victims(process, "job"), find_victims(process, victim)  # slow, so before the moment
+    if victim != "job" and victims:
+        victims = [draw.choice(victims)]
     writing = in_a_write and wait_until(process, lambda: any((run / "checkpoints").glob("writing-*")))
     alive = process.poll() is None and not (run / FINISHED).exists()
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        alive = False
-    process.wait()
-    if not alive:
+    if not strike(process, victims, everything) or not alive:
         return None
     batches = len(read_jsonl(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
     leftover = any((run / "checkpoints").glob("writing-*"))
     return f"in batch {batches + 1}" + (
         ", checkpoint half written" if leftover else ", after a write" if writing else ""
     )
+
+
+def at_work(process: subprocess.Popen[bytes], victim: str) -> list[psutil.Process]:
+    """Of the victims, those that are computing at this moment."""
+    with suppress(psutil.Error):
+        return [found for found in find_victims(process, victim) if found.status() == psutil.STATUS_RUNNING]
+    return []
+
+
+def kill_parts(runs: Runs, name: str, victim: str, draw: random.Random, *, kills: int, duration: float) -> list[str]:
+    """Kill one part of a run after another, which is to go on by itself to its end; where it had come to at each.
+
+    Raises:
+        ChildProcessError: when it does not.
+    """
+    process, run = runs.start(name), runs.folder / name
+    wait_until(process, lambda: has_begun(run))
+    struck: list[str] = []
+    while len(struck) < kills and process.poll() is None:
+        wait_until(process, lambda: False, draw.uniform(0, 0.8 * duration / kills))
+        looked_for = at_work if len(struck) % 2 else find_victims
+        wait_until(process, lambda find=looked_for: bool(find(process, victim)), seconds=5)
+        found = looked_for(process, victim)
+        if found:
+            with suppress(psutil.NoSuchProcess):
+                draw.choice(found).kill()
+                rows = len(read_jsonl(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
+                struck.append(f"in batch {rows + 1}" + ", at work" * (looked_for is at_work))
+    if process.wait() != 0:
+        raise ChildProcessError(
+            f"the run {run} did not survive the loss of a {victim}; its last words are in {run}.log"
+        )
+    return struck
 
 
 def flip_a_byte(run: Path, draw: random.Random) -> bool:
@@ -181,6 +282,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument(
+        "--victim", action="append", choices=VICTIMS, help="what is killed, the job if not given; may be repeated"
+    )
+    parser.add_argument(
         "--damage",
         action="store_true",
         help="flip a bit of the newest checkpoint after each kill, so that an older one must serve",
@@ -220,29 +324,51 @@ def verify(arguments: argparse.Namespace) -> int:
     print(
         f"left alone: {len(rows)} rows of metrics, {numbers:,} weights, {duration:.1f} s after its first checkpoint or row"
     )
-    print("| kill | killed | resumed | weights that differ | rows that differ |\n|---|---|---|---|---|", flush=True)
+    left_alone = LeftAlone(weights, rows, duration)
     draw, failures = random.Random(arguments.seed), 0
-    for number in range(1, arguments.kills + 1):
-        trial = one_trial(runs, number, draw, duration, weights, rows, damage=arguments.damage)
-        failures += bool(trial.started_over or trial.weights or trial.rows)
-        print(f"| {number} | {trial.killed} | {trial.resumed} | {trial.weights} | {trial.rows} |", flush=True)
-    print(f"{arguments.kills - failures} of {arguments.kills} resumed runs end as the run left alone")
+    for victim in arguments.victim or ["job"]:
+        if victim in DISPENSABLE:
+            failures += not survives(runs, victim, left_alone, draw, kills=arguments.kills)
+        else:
+            failures += not resumes(runs, victim, left_alone, draw, kills=arguments.kills, damage=arguments.damage)
     return int(failures > 0)
 
 
+def resumes(runs: Runs, victim: str, left_alone: LeftAlone, draw: random.Random, *, kills: int, damage: bool) -> bool:
+    """Kills that end a run; whether the same command then went on to the same end after each."""
+    print(
+        f"| {victim} | killed | resumed | weights that differ | rows that differ |\n|---|---|---|---|---|", flush=True
+    )
+    failures = 0
+    for number in range(1, kills + 1):
+        trial = one_trial(runs, victim, number, left_alone, draw, damage=damage)
+        failures += bool(trial.started_over or trial.weights or trial.rows)
+        print(f"| {number} | {trial.killed} | {trial.resumed} | {trial.weights} | {trial.rows} |", flush=True)
+    print(f"{kills - failures} of {kills} resumed runs end as the run left alone")
+    return not failures
+
+
+def survives(runs: Runs, victim: str, left_alone: LeftAlone, draw: random.Random, *, kills: int) -> bool:
+    """Kills of parts that a run does without; whether all that were asked for came and left no trace."""
+    name = f"without-{victim}"
+    struck = kill_parts(runs, name, victim, draw, kills=kills, duration=left_alone.duration)
+    print(f"| {victim} | killed |\n|---|---|")
+    print("\n".join(f"| {number} | {moment} |" for number, moment in enumerate(struck, 1)))
+    weights = differing_weights(left_alone.weights, weights_of(runs.folder / name))
+    rows = differing_rows(left_alone.rows, rows_of(runs.folder / name))
+    print(
+        f"the run went on through {len(struck)} of {kills} kills; weights that differ: {weights}, rows that differ: {rows}"
+    )
+    return len(struck) == kills and not weights and not rows
+
+
 def one_trial(
-    runs: Runs,
-    number: int,
-    draw: random.Random,
-    duration: float,
-    weights: dict[str, torch.Tensor],
-    rows: list[dict[str, float]],
-    *,
-    damage: bool,
+    runs: Runs, victim: str, number: int, left_alone: LeftAlone, draw: random.Random, *, damage: bool
 ) -> Trial:
     for attempt in range(ATTEMPTS):
-        name = f"kill-{number}" + f"-{attempt}" * bool(attempt)
-        killed = kill_at(runs, name, after=draw.uniform(0, 0.9 * duration), in_a_write=number % 2 == 0)
+        name = f"{victim}-{number}" + f"-{attempt}" * bool(attempt)
+        after = draw.uniform(0, 0.9 * left_alone.duration)
+        killed = kill_at(runs, name, victim, draw, after=after, in_a_write=number % 2 == 0)
         if killed is not None:
             break
     else:
@@ -257,8 +383,8 @@ def one_trial(
         killed,
         resumed,
         had_checkpoint and resumed == FROM_THE_BEGINNING,
-        differing_weights(weights, weights_of(run)),
-        differing_rows(rows, rows_of(run)),
+        differing_weights(left_alone.weights, weights_of(run)),
+        differing_rows(left_alone.rows, rows_of(run)),
     )
 
 

@@ -1,6 +1,7 @@
 """Who may import whom, and that nothing in the schema is dead."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,19 @@ def test_every_key_of_the_schema_is_read_somewhere():
     read |= {arg.arg for source in ("stories", "gsm8k") for arg in _arguments(ROOT / f"data/{source}.py", "prepare")}
     unread = {f"{c.__name__}.{name}" for c in sections() for name in c.model_fields if name not in read}
     assert not unread
+
+
+def test_every_file_and_test_that_the_table_of_silent_faults_names_exists():
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    for named in re.findall(r"`([^`\n]+)`", (ROOT / "docs/silent_faults.md").read_text()):
+        file, _, function = named.rpartition("::") if "::" in named else ("", "", named)
+        if file.startswith("tests/") or file.startswith("test_"):
+            assert Path(file).name in tests, named
+        if "test_" in function and not function.endswith(".py"):
+            start = function.strip("…").partition("[")[0].partition("…")[0]
+            assert any(start in text for text in tests.values()), f"{named}: there is no such test"
+        elif "/" in named and named.partition("::")[0].endswith(".py"):
+            assert (ROOT / named.partition("::")[0]).is_file(), named
 
 
 def _arguments(path, function):

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from data.records import write_records
 from data.stories import prepare
-from rlhf.config import load_config
-from rlhf.run import open_run
+from rlhf.config import GRPO, load_config
+from rlhf.run import open_run, run_stage
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes/tiny/grpo.yaml"
@@ -32,14 +33,31 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train_grpo(folder, tmp_path, *overrides, recipe=RECIPE):
+def arguments(folder, tmp_path, *overrides, recipe=RECIPE):
     base = [
         f"output_dir={tmp_path}/run",
         f"problems={folder}/problems.jsonl",
         f"demonstrations={folder}/demonstrations.jsonl",
     ]
-    command = [sys.executable, ROOT / "scripts/train_grpo.py", "--config", recipe, *base, *overrides]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return list(map(str, [ROOT / "scripts/train_grpo.py", "--config", recipe, *base, *overrides]))
+
+
+@pytest.fixture
+def train_grpo(folder, tmp_path, monkeypatch, capsys):
+    """The `main` of the script in this process, whose start would take longer than everything it does here."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def train(*overrides, recipe=RECIPE):
+        from train_grpo import train_online
+
+        monkeypatch.setattr(sys, "argv", arguments(folder, tmp_path, *overrides, recipe=recipe))
+        with pytest.raises(SystemExit) as ended:
+            run_stage(GRPO, train_online)
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=printed.out, stderr=printed.err)
+
+    return train
 
 
 @pytest.mark.parametrize(
@@ -61,8 +79,10 @@ def train_grpo(folder, tmp_path, *overrides, recipe=RECIPE):
         (["training.num_batches"], "override 'training.num_batches' is not of the form key.sub=value"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2_before_any_model_is_loaded(folder, tmp_path, overrides, message):
-    done = train_grpo(folder, tmp_path, *(o.format(folder=folder) for o in overrides))
+def test_bad_input_is_one_sentence_and_exit_code_2_before_any_model_is_loaded(
+    train_grpo, folder, tmp_path, overrides, message
+):
+    done = train_grpo(*(o.format(folder=folder) for o in overrides))
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
@@ -70,15 +90,28 @@ def test_bad_input_is_one_sentence_and_exit_code_2_before_any_model_is_loaded(fo
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_missing_recipe_and_a_recipe_of_another_stage_say_what_to_run(folder, tmp_path):
-    missing = train_grpo(folder, tmp_path, recipe="recipes/tiny/grp.yaml")
+def test_the_script_itself_prints_the_batch_arithmetic_and_ends_with_one_sentence_and_exit_code_2(folder, tmp_path):
+    command = [sys.executable, *arguments(folder, tmp_path, "policy.path=outputs/nothing")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "completions per rollout batch     256 = 32 prompts x 8 samples" in done.stdout
+    assert done.stderr.startswith("error: policy.path is outputs/nothing")
+    assert done.stderr.strip().count("\n") == 0
+
+
+def test_a_missing_recipe_is_named_with_the_nearest_one(train_grpo):
+    missing = train_grpo(recipe="recipes/tiny/grp.yaml")
     assert (missing.returncode, "did you mean 'recipes/tiny/grpo.yaml'?" in missing.stderr) == (2, True)
-    command = [sys.executable, "scripts/train_grpo.py", "--config", "recipes/tiny/sft.yaml"]
-    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (other.returncode, "run scripts/train_sft.py with it" in other.stderr) == (2, True)
 
 
-def test_an_output_folder_with_another_run_is_refused_and_the_difference_named(folder, tmp_path):
+def test_a_recipe_of_another_stage_names_its_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--config", str(ROOT / "recipes/tiny/sft.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        run_stage(GRPO, lambda config, run: None)
+    assert (ended.value.code, "run scripts/train_sft.py with it" in capsys.readouterr().err) == (2, True)
+
+
+def test_an_output_folder_with_another_run_is_refused_and_the_difference_named(train_grpo, folder, tmp_path):
     open_run(
         load_config(
             RECIPE,
@@ -89,14 +122,14 @@ def test_an_output_folder_with_another_run_is_refused_and_the_difference_named(f
             ],
         )
     )
-    done = train_grpo(folder, tmp_path, "optimizer.learning_rate=0.5")
+    done = train_grpo("optimizer.learning_rate=0.5")
     assert done.returncode == 2
     assert "holds another run (optimizer.learning_rate is 0.0003 there and 0.5 here)" in done.stderr
 
 
-def test_a_recipe_that_was_refused_does_not_stand_in_the_way_of_its_repair(folder, tmp_path):
-    refused = train_grpo(folder, tmp_path, "policy.path=outputs/nothing", "optimizer.learning_rate=0.5")
-    again = train_grpo(folder, tmp_path, "policy.path=outputs/nothing")
+def test_a_recipe_that_was_refused_does_not_stand_in_the_way_of_its_repair(train_grpo):
+    refused = train_grpo("policy.path=outputs/nothing", "optimizer.learning_rate=0.5")
+    again = train_grpo("policy.path=outputs/nothing")
     assert (refused.returncode, again.returncode) == (2, 2)
     assert "policy.path" in refused.stderr
     assert "holds another run" not in again.stderr
@@ -106,11 +139,6 @@ def test_a_copied_pipeline_runs_the_recipes_beside_it(tmp_path):
     shutil.copytree(ROOT / "recipes/gsm8k", tmp_path / "mine")
     pipeline = load_config(tmp_path / "mine/pipeline.yaml")
     assert [Path(stage.recipe).parent for stage in pipeline.stages] == [tmp_path / "mine"] * 5
-
-
-def test_the_batch_arithmetic_is_printed_before_anything_else(folder, tmp_path):
-    done = train_grpo(folder, tmp_path, "policy.path=outputs/nothing")
-    assert "completions per rollout batch     256 = 32 prompts x 8 samples" in done.stdout
 
 
 def pipeline(tmp_path, *stages):

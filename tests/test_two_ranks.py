@@ -14,10 +14,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from data.records import write_records
 from data.stories import prepare
+from reward_models.outcome import STATISTICS
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,11 +41,27 @@ def records(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def judge_folder(model_folder, tokenizer, tmp_path_factory):
+    """A reward model with a head drawn at random."""
+    folder = tmp_path_factory.mktemp("judge")
+    torch.manual_seed(0)
+    judge = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1)
+    judge.config.pad_token_id = tokenizer.pad_token_id
+    judge.save_pretrained(folder)
+    (folder / STATISTICS).write_text('{"mean": 0.0, "std": 1.0}')
+    return folder
+
+
 def config_file(name):
-    """Of the recipes; `pieces` is ZeRO-3 that keeps not even the smallest weights whole, as it would with our tiny models."""
-    if name != "pieces":
-        return ROOT / f"recipes/accelerate/{name}.yaml"
-    folder = Path(tempfile.mkdtemp())
+    """Of the recipes, with `_bf16` in bfloat16; `pieces` is ZeRO-3 that keeps not even the smallest weights whole, as it would with our tiny models."""
+    recipe = ROOT / f"recipes/accelerate/{name.removesuffix('_bf16').replace('pieces', 'zero3')}.yaml"
+    if recipe.stem == name:
+        return recipe
+    folder, config = Path(tempfile.mkdtemp()), yaml.safe_load(recipe.read_text())
+    if not name.startswith("pieces"):
+        (folder / "accelerate.yaml").write_text(yaml.safe_dump(config | {"mixed_precision": "bf16"}))
+        return folder / "accelerate.yaml"
     deepspeed = {
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "gradient_clipping": 1.0,
@@ -46,20 +69,30 @@ def config_file(name):
         "train_batch_size": "auto",
         "gradient_accumulation_steps": "auto",
     }
+    if name.endswith("_bf16"):
+        deepspeed["bf16"] = {"enabled": True}
     (folder / "deepspeed.json").write_text(json.dumps(deepspeed))
-    config = yaml.safe_load((ROOT / "recipes/accelerate/zero3.yaml").read_text())
     config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": True}
     del config["mixed_precision"]
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
     return folder / "accelerate.yaml"
 
 
+def launcher(accelerate_config, num_ranks):
+    """One rank needs none, and starts in half the time."""
+    if accelerate_config == "single":
+        return [sys.executable]
+    return [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", config_file(accelerate_config), "--num_processes", str(num_ranks), "--main_process_port", "0",
+    ]  # fmt: skip
+
+
 def launch(accelerate_config, num_ranks, stage, output_dir, *overrides):
     """metrics rows and final weights of a short run of a tiny recipe."""
     command = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", config_file(accelerate_config), "--num_processes", str(num_ranks), "--main_process_port", "0",
-        ROOT / f"scripts/train_{stage}.py", "--config", ROOT / f"recipes/tiny/{stage}.yaml", f"output_dir={output_dir}", *overrides,
+        *launcher(accelerate_config, num_ranks), ROOT / f"scripts/train_{stage}.py", "--config", ROOT / f"recipes/tiny/{stage}.yaml",
+        f"output_dir={output_dir}", *overrides,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
@@ -81,8 +114,11 @@ def grpo(accelerate_config, model_folder, records, output_dir, *overrides):
 
 
 @pytest.mark.slow
-def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, records, tmp_path):
-    rows, weights = grpo("pieces", model_folder, records, tmp_path / "run", "rollout.engine=vllm")
+def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, judge_folder, records, tmp_path):
+    rewards = (
+        f"[{{name: correctness}}, {{name: length}}, {{name: reward_model, path: {judge_folder}, placement: sharded}}]"
+    )
+    rows, weights = grpo("pieces", model_folder, records, tmp_path / "run", "rollout.engine=vllm", f"rewards={rewards}")
     start = load_file(Path(model_folder) / "model.safetensors")
     assert any(not torch.equal(start[name], weights[name]) for name in start)
     assert [row["step"] for row in rows] == [2, 4]
@@ -90,6 +126,7 @@ def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_fold
         assert row["sync/error"] < 1e-4
         assert row["policy/kl_sampler"] < 1e-6
         assert row["rollout/length"] > 1
+        assert row["reward/reward_model"] != 0
 
 
 @pytest.mark.slow
@@ -160,7 +197,7 @@ def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, re
 
 
 @pytest.fixture(scope="module")
-def models(model_folder, tokenizer, tmp_path_factory):
+def models(model_folder, judge_folder, tokenizer, tmp_path_factory):
     """A dense model and two mixtures of experts, one with fused experts and many, one with few."""
     shape = dict(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
@@ -173,15 +210,18 @@ def models(model_folder, tokenizer, tmp_path_factory):
     Qwen3MoeForCausalLM(qwen).save_pretrained(folder / "moe")
     mixtral = MixtralConfig(**shape, intermediate_size=32, num_local_experts=4, sliding_window=None)
     MixtralForCausalLM(mixtral).save_pretrained(folder / "mixtral")
-    return {"base": model_folder, "four_bits": model_folder, "moe": folder / "moe", "mixtral": folder / "mixtral"}
+    return {
+        "base": model_folder,
+        "four_bits": model_folder,
+        "moe": folder / "moe",
+        "mixtral": folder / "mixtral",
+        "judge": judge_folder,
+    }
 
 
 def weights_after(accelerate_config, num_ranks, models, output):
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", config_file(accelerate_config), "--num_processes", str(num_ranks), "--main_process_port", "0",
-        ROOT / "tests/update_on_ranks.py", output, *(f"{name}={model}" for name, model in models.items()),
-    ]  # fmt: skip
+    named = (f"{name}={model}" for name, model in models.items())
+    command = [*launcher(accelerate_config, num_ranks), ROOT / "tests/update_on_ranks.py", output, *named]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
@@ -207,13 +247,19 @@ def steps_of_one_rank(models, tmp_path_factory):
         ("ddp", {"base", "moe", "four_bits"}),
         ("zero1", {"moe"}),
         ("zero2", {"base", "four_bits"}),
-        ("pieces", {"base", "moe", "mixtral"}),
+        ("pieces", {"base", "moe", "mixtral", "judge"}),
         ("zero3_offload", {"moe"}),
     ],
 )
 def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_rank, tmp_path, accelerate_config, chosen):
-    """GRPO, with LoRA and an entropy mask over all ranks, with a moving average as reference, of mixtures of experts; and PPO with its critic."""
+    """GRPO, with LoRA and an entropy mask over all ranks, with a moving average as reference, of mixtures of experts; PPO with its critic;
+    and a reward model in pieces, which one rank asks more than the other."""
     two = weights_after(accelerate_config, 2, {name: models[name] for name in chosen}, tmp_path / "weights")
+    if "base" in chosen:
+        assert (two["poisoned.running"], two["poisoned.changed"]) == (
+            0,
+            0,
+        )  # on every rank, before a weight was touched
     members = {key.partition(".")[0] for key in two}
     assert two.keys() == {key for key in steps_of_one_rank if key.partition(".")[0] in members}
     assert chosen - {"base", "four_bits"} <= members
@@ -222,6 +268,26 @@ def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_ran
         torch.testing.assert_close(
             value, steps_of_one_rank[key], atol=2e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+@pytest.mark.slow
+def test_two_ranks_in_bfloat16_pieces_take_the_steps_of_one_in_float32_up_to_rounding(
+    models, steps_of_one_rank, tmp_path
+):
+    """A norm is a sum over all weights, in which roundings of 2^-9 cancel; two steps of AdamW move a weight by 6e-4 at most."""
+    two = weights_after("pieces_bf16", 2, {name: models[name] for name in ("base", "moe")}, tmp_path / "weights")
+    for key, value in two.items():
+        if key.endswith("grad_norm") or key.startswith("poisoned"):
+            assert value.item() == pytest.approx(steps_of_one_rank[key].item(), rel=0.03), key
+        else:
+            torch.testing.assert_close(
+                value, steps_of_one_rank[key], atol=1.3e-3, rtol=2**-8, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+@pytest.mark.slow
+def test_in_bfloat16_what_zero_2_steps_starts_as_the_float32_weights_of_the_file(model_folder, tmp_path):
+    assert weights_after("zero2_bf16", 2, {"masters": model_folder}, tmp_path / "weights")["masters.error"] == 0
 
 
 def moments_of(checkpoint):

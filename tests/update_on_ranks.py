@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from reward_models.outcome import OutcomeModel
 from rlhf.config import PPO, load_config
 from rlhf.critic import load_critic
-from rlhf.distributed import gather, leave, start, whole, zero_stage
+from rlhf.distributed import gather, is_sharded, leave, optimizer_state, start, whole, zero_stage
 from rlhf.experience import Ranks, estimate
 from rlhf.lora import adapt
 from rlhf.metrics import Metrics
@@ -85,8 +86,8 @@ def whole_parameters(module):
             yield key, parameter.detach()
 
 
-def take_steps(recipe, model, *overrides):
-    """Weights of everything trained, and gradient norms, after the steps."""
+def build(recipe, model, *overrides):
+    """Config, accelerator and updater of a member."""
     config = load_config(
         ROOT / f"recipes/tiny/{recipe}.yaml",
         [
@@ -108,6 +109,30 @@ def take_steps(recipe, model, *overrides):
     frozen = config.reference is not None and config.reference.kind == "frozen"
     reference = load_causal_lm(model, revision=None, dtype="float32") if frozen else None
     updater = Updater(config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=0)
+    return config, accelerator, updater
+
+
+def experience_of(config, accelerator, updater):
+    """This rank's share of the stored rollouts, judged."""
+    rollouts, scores = stored_rollouts()
+    share = len(rollouts) // accelerator.num_processes
+    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    values = updater.values(rollouts[own]) if updater.critic is not None else None
+    ranks = Ranks(lambda items: gather(accelerator, items), accelerator.process_index)
+    return estimate(rollouts[own], scores[own], config, ranks=ranks, values=values)
+
+
+def weights_of(updater):
+    return {
+        f"{name}.{key}": tensor.float().clone()
+        for name, learner in updater.learners.items()
+        for key, tensor in whole_parameters(learner.unwrapped)
+    }
+
+
+def take_steps(recipe, model, *overrides):
+    """Weights of everything trained, and gradient norms, after the steps."""
+    config, accelerator, updater = build(recipe, model, *overrides)
     if zero_stage(accelerator) == 3:
         for learner in updater.learners.values():
             assert all(block._z3_leaf for _, block in moe_blocks(learner.unwrapped)), "a block of experts is no leaf"
@@ -115,21 +140,55 @@ def take_steps(recipe, model, *overrides):
         bound = (config.optimizer if name == "policy" else config.critic.optimizer).max_grad_norm
         engine_bound = learner.module.gradient_clipping() if hasattr(learner.module, "gradient_clipping") else bound
         assert engine_bound == bound, f"{name} is clipped at {engine_bound} and not at {bound}"
-    rollouts, scores = stored_rollouts()
-    share = len(rollouts) // accelerator.num_processes
-    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    values = updater.values(rollouts[own]) if critic is not None else None
-    ranks = Ranks(lambda items: gather(accelerator, items), accelerator.process_index)
-    experience = estimate(rollouts[own], scores[own], config, ranks=ranks, values=values)
     metrics = Metrics()
-    updater.update(experience, metrics)
-    weights = {
-        f"{name}.{key}": tensor.float().clone()
-        for name, learner in updater.learners.items()
-        for key, tensor in whole_parameters(learner.unwrapped)
-    }
+    updater.update(experience_of(config, accelerator, updater), metrics)
     # AdamW's first steps are as large whatever the gradient's scale; its norm tells.
-    return weights | {key: torch.tensor(v) for key, (v, _) in metrics.pairs().items() if key.endswith("grad_norm")}
+    norms = {key: torch.tensor(v) for key, (v, _) in metrics.pairs().items() if key.endswith("grad_norm")}
+    return weights_of(updater) | norms
+
+
+def largest_error_of_masters(model):
+    """Of the float32 weights that an optimizer starts to step, against the file's."""
+    _, accelerator, updater = build("grpo", model)
+    masters, _ = optimizer_state(accelerator, updater.unwrapped, updater.policy.optimizer)
+    file = load_file(Path(model) / "model.safetensors")
+    return (
+        {"masters.error": torch.stack([(masters[name].float() - file[name]).abs().max() for name in masters]).max()}
+        if masters
+        else {}
+    )
+
+
+def survives_a_poisoned_gradient(model):
+    """How many ranks stopped when the first rank's gradient was not a number, and how many weights had changed by then."""
+    config, accelerator, updater = build("grpo", model)
+    before, stopped = weights_of(updater), False
+    if accelerator.is_main_process:
+        next(updater.unwrapped.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    try:
+        updater.update(experience_of(config, accelerator, updater), Metrics())
+    except FloatingPointError:
+        stopped = True
+    changed = sum(int((after != before[name]).sum()) for name, after in weights_of(updater).items())
+    return {
+        "poisoned.running": torch.tensor(gather(accelerator, [stopped]).count(False)),
+        "poisoned.changed": torch.tensor(changed),
+    }
+
+
+def scores_of_a_sharded_judge(model):
+    """By a frozen reward model in pieces: of 5 sequences the first rank has all, then the last one, and then every rank the 5."""
+    accelerator = start(0)
+    judge = OutcomeModel.load(model, device=str(accelerator.device)).shard(accelerator)
+    if zero_stage(accelerator) == 3:
+        assert any(is_sharded(p) and p.numel() == 0 for p in judge._model.parameters()), "the reward model is whole"
+    draw = random.Random(0)
+    sequences = [[draw.randrange(5, 200) for _ in range(length)] for length in (3, 9, 4, 17, 6)]
+    first, last = accelerator.process_index == 0, accelerator.process_index == accelerator.num_processes - 1
+    counts = (5 if first else 0, 5 if last else 0, 5)
+    scores = [judge.raw_scores(sequences[:count], batch_size=2) for count in counts]
+    one, other = (torch.tensor(gather(accelerator, of_rank.tolist())) for of_rank in scores[:2])
+    return {"judge.first": one, "judge.last": other, "judge.every": scores[2]}
 
 
 def main(output, *named_models):
@@ -140,6 +199,12 @@ def main(output, *named_models):
         if model in models
         for key, value in take_steps(recipe, models[model], *overrides).items()
     }
+    if "masters" in models:
+        weights |= largest_error_of_masters(models["masters"])
+    if "base" in models:
+        weights |= survives_a_poisoned_gradient(models["base"])
+    if "judge" in models:
+        weights |= scores_of_a_sharded_judge(models["judge"])
     if int(os.environ.get("RANK", "0")) == 0:
         save_file(weights, output)
 

@@ -27,6 +27,9 @@ _ROOT = Path(__file__).resolve().parents[2]
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from reward_models.grading.worker import main; main(int(sys.argv[2]))"
 )
+ATTEMPTS = 3
+"""At a completion whose worker dies: by someone else's hand, perhaps, that of a system short of memory; a completion that kills its worker
+does so again."""
 Case = tuple[str | None, str | None]
 """(completion, reference)"""
 
@@ -162,28 +165,35 @@ class GraderPool:
     def _grade(self, case: Case) -> Grade:
         worker = self._idle.get()
         try:
-            if worker is not None and (worker.served >= self.recycle_after or worker.process.poll() is not None):
-                worker.close()
-                worker = None
-            if worker is None:
-                worker = _Worker(self.memory_mb)
-            started = time.monotonic()
-            if not worker.ready:  # its start is not the completion's time
-                worker.ask(_line(("\\boxed{1}", "1"), self.accept), started + 60)
-                worker.ready, started = True, time.monotonic()
-            reply = worker.ask(_line(case, self.accept), started + self.timeout)
-            worker.served += 1
-            if reply is not None and reply.endswith(b"\n"):
-                judged = Grade(**json.loads(reply))
-                if judged.reason != "memory":
-                    return judged
-            else:
-                judged = Grade("undecided", "timeout" if reply is None else "crashed", None, time.monotonic() - started)
-            worker.close()
-            worker = None
+            worker, judged = self._ask(worker, case)
+            for _ in range(ATTEMPTS - 1):
+                if judged.reason == "crashed":
+                    worker, judged = self._ask(worker, case)
             return judged
         finally:
             self._idle.put(worker)
+
+    def _ask(self, worker: _Worker | None, case: Case) -> tuple[_Worker | None, Grade]:
+        """The verdict, and the worker if it can go on."""
+        if worker is not None and (worker.served >= self.recycle_after or worker.process.poll() is not None):
+            worker.close()
+            worker = None
+        if worker is None:
+            worker = _Worker(self.memory_mb)
+        started = time.monotonic()
+        if not worker.ready:  # its start is not the completion's time
+            worker.ask(_line(("\\boxed{1}", "1"), self.accept), started + 60)
+            worker.ready, started = True, time.monotonic()
+        reply = worker.ask(_line(case, self.accept), started + self.timeout)
+        worker.served += 1
+        if reply is not None and reply.endswith(b"\n"):
+            judged = Grade(**json.loads(reply))
+            if judged.reason != "memory":
+                return worker, judged
+        else:
+            judged = Grade("undecided", "timeout" if reply is None else "crashed", None, time.monotonic() - started)
+        worker.close()
+        return None, judged
 
 
 def _line(case: Case, accept: Accept) -> bytes:

@@ -369,6 +369,7 @@ class OnlineTrainer:
         self, prompts: Sequence[Prompt], batch: int, attempt: int, metrics: Metrics, seconds: dict[str, float]
     ) -> tuple[list[Rollout], list[Score]]:
         if not prompts:
+            self.reward_fn([])  # the other ranks may need this one in a reward model that is sharded
             return [], []
         started = time.perf_counter()
         with _timed(seconds, "rollout"):

@@ -40,13 +40,18 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return _status("VmRSS")
+
+
 @contextmanager
 def measured() -> Iterator[Sample]:
     """Fills a `Sample`. Memory that the allocator kept from earlier steps is given back first, or it would hide a peak."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
-    before = _status("VmRSS")
+    before = resident()
     sample = Sample()
     wall, cpu = time.perf_counter(), time.process_time()
     yield sample

@@ -55,6 +55,17 @@ def test_a_worker_that_hangs_swells_or_dies_costs_one_verdict_and_no_other(monke
     assert grades[1].reason == reason
 
 
+def test_a_completion_whose_worker_is_killed_from_outside_is_graded_by_another_one(monkeypatch, tmp_path):
+    """Twice in a row, at each worker's first sight of it."""
+    seen = f"import os, pathlib; seen = pathlib.Path({str(tmp_path)!r}) / str(len(os.listdir({str(tmp_path)!r})))"
+    with faulty(
+        monkeypatch, tmp_path, f"{seen}; int(seen.name) > 1 or seen.touch() or os.kill(os.getpid(), 9)"
+    ) as pool:
+        grades = pool.grade_many([GOOD, ("poison", "1"), BAD])
+    assert [g.verdict for g in grades] == ["correct", "wrong", "wrong"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_grader_that_takes_its_time_is_killed_close_to_the_limit(monkeypatch, tmp_path):
     with faulty(monkeypatch, tmp_path, "import time; time.sleep(60)") as pool:
         pool.grade_many([GOOD])

@@ -337,3 +337,10 @@ def test_the_loop_compares_the_policies_of_the_ranks_after_each_push(make_traine
     monkeypatch.setattr(online, "gather", drifted)
     with pytest.raises(RuntimeError, match="different policies"):
         trainer.train()
+
+
+def test_a_rank_without_groups_to_refill_still_takes_part_in_scoring(make_trainer):
+    trainer, asked = make_trainer(), []
+    trainer.reward_fn = lambda rollouts: asked.append(len(rollouts)) or []
+    assert trainer._sample_and_score([], 0, 1, Metrics(), {"rollout": 0.0, "reward": 0.0}) == ([], [])
+    assert asked == [0]
