@@ -35,6 +35,26 @@ def require_same_policy(kl_sampler: float, bound: float) -> None:
         )
 
 
+def require_same_experts(disagreement: float, bound: float) -> None:
+    """The sampler's and the trainer's routers must send tokens to the same experts, before the trainer moves."""
+    if not disagreement <= bound:
+        raise RuntimeError(
+            f"moe/disagreement is {disagreement:.3g}: that share of (token, layer) went to other experts in the sampler than in the trainer, above "
+            f"guards.max_router_disagreement {bound:g}, and runs in which routers drift apart collapse. Look at sync/error in metrics.jsonl (stale "
+            "weights), at rollout.dtype against the trainer's, or set policy.router_replay to true"
+        )
+
+
+def require_experts(rollouts: Sequence[Rollout]) -> None:
+    """Replay needs the sampler's experts."""
+    missing = sum(rollout.routed_experts is None for rollout in rollouts)
+    if missing:
+        raise RuntimeError(
+            f"{missing} of {len(rollouts)} rollouts do not say which experts the engine used, and policy.router_replay is set; use an engine that "
+            "records them (rollout.engine vllm with rollout.record_experts) or set policy.router_replay to false"
+        )
+
+
 def require_one_policy(levels: Sequence[float]) -> None:
     """Every rank's mean log-probability of the same tokens must be the same."""
     if max(levels) - min(levels) > 1e-5:

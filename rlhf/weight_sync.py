@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.logprobs import token_logprobs
 from rlhf.lora import adapter_parameters, merged_parameters
@@ -40,7 +40,18 @@ def send_weights(engine: RolloutEngine, policy: nn.Module, *, policy_version: in
     if engine.lora is not None:
         engine.load_adapter(adapter_parameters(policy), policy_version=policy_version)
     else:
-        engine.load_weights(merged_parameters(policy), policy_version=policy_version)
+        weights = merged_parameters(policy)
+        engine.load_weights(
+            as_saved(policy, weights) if engine.checkpoint_names else weights, policy_version=policy_version
+        )
+
+
+def as_saved(policy: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights under the names, and in the pieces, of the model's files: transformers fuses the experts of a mixture as it loads them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    for name, tensor in weights:
+        yield from revert_weight_conversion(policy, {name: tensor}).items()  # type: ignore[arg-type]
 
 
 class WeightSync:
