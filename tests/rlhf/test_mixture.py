@@ -96,7 +96,7 @@ def with_experts(trainer, exp, *, wrong=0):
 
 def test_the_share_of_tokens_whose_experts_differ_is_reported_and_stops_the_run_above_its_bound(make_mixture, captured):
     trainer, metrics = make_mixture("guards.max_router_disagreement=1"), Metrics()
-    exp = with_experts(trainer, experience(trainer), wrong=1)
+    exp = with_experts(trainer, experience(trainer, [0.0, 1.0, 0.0] * 4), wrong=1)
     trainer.updater.update(exp, metrics)
     lengths = [len(r.token_ids) for r in exp.rollouts]
     total, count = metrics.pairs()["moe/disagreement"]
