@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,8 +35,9 @@ def require_same_policy(kl_sampler: float, bound: float) -> None:
         )
 
 
-def require_same_experts(disagreement: float, bound: float) -> None:
-    """The sampler's and the trainer's routers must send tokens to the same experts, before the trainer moves."""
+def require_same_experts(means: Mapping[str, float], bound: float) -> None:
+    """The sampler's and the trainer's routers must send tokens to the same experts, before the trainer moves; where that was measured."""
+    disagreement = means.get("moe/disagreement", 0.0)
     if not disagreement <= bound:
         raise RuntimeError(
             f"moe/disagreement is {disagreement:.3g}: that share of (token, layer) went to other experts in the sampler than in the trainer, above "

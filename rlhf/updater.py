@@ -243,13 +243,16 @@ class Updater:
         if moves_policy and steps_taken == 0:
             # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.
             first = 0 if self.config.algorithm.top_entropy_share < 1 else 1
+            found = Metrics()
             for plan in plans[first:]:
                 for micro in plan:
                     with torch.no_grad():
                         scored = self._forward(micro)
                     micro.old_logprobs = scored.logprobs
                     micro.entropies = scored.entropies if self.config.algorithm.top_entropy_share < 1 else None
-                    count_disagreement(scored.routing, micro.batch, metrics)
+                    count_disagreement(scored.routing, micro.batch, found)
+            require_same_experts(self._means(found), self.config.guards.max_router_disagreement)
+            metrics.update(found)
         for taken in range(steps_taken, self.steps_per_batch):
             plan = plans[taken % len(plans)]
             if moves_policy:
@@ -366,8 +369,7 @@ class Updater:
                 if last:
                     means = self._means(local)
                     require_same_policy(means.get("policy/kl_sampler", 0.0), self.config.guards.max_kl_sampler)
-                    disagreement = means.get("moe/disagreement", 0.0)
-                    require_same_experts(disagreement, self.config.guards.max_router_disagreement)
+                    require_same_experts(means, self.config.guards.max_router_disagreement)
                 loss = loss + balance.loss(routing)
                 self.policy.backward(loss)  # 0, with a gradient of 0, on an idle pass
         metrics.add("policy/grad_norm", total=self.policy.step(), count=1)

@@ -109,6 +109,29 @@ def test_the_share_of_tokens_whose_experts_differ_is_reported_and_stops_the_run_
     assert len(captured) == 1
 
 
+def test_later_minibatches_are_guarded_before_any_step_is_taken(make_mixture, captured):
+    trainer = make_mixture("training.minibatches_per_batch=2", "guards.max_router_disagreement=0.01")
+    exp = with_experts(trainer, experience(trainer, [0.0, 1.0, 0.0] * 4))
+    last = dataclasses.replace(exp.rollouts[-1], routed_experts=(exp.rollouts[-1].routed_experts + 1) % 8)
+    with pytest.raises(RuntimeError, match="moe/disagreement"):
+        trainer.updater.update(dataclasses.replace(exp, rollouts=[*exp.rollouts[:-1], last]), Metrics())
+    assert captured == []
+
+
+def test_a_moving_average_that_is_the_policy_disagrees_with_a_policy_whose_experts_are_replayed(make_mixture, captured):
+    """The reference keeps its own experts: with the sampler's own the KL is 0, with others it is not."""
+    kl = []
+    for wrong in (0, 3):
+        trainer = make_mixture_without_engine(
+            make_mixture, "reference={kind: moving_average}", "algorithm.kl_coefficient=0.1", folder=f"{wrong}"
+        )
+        metrics = Metrics()
+        trainer.updater.update(with_experts(trainer, experience(trainer, [0.0, 1.0, 0.0] * 4), wrong=wrong), metrics)
+        kl.append(metrics.pairs()["policy/kl_reference"][0])
+    assert abs(kl[0]) < 1e-6
+    assert kl[1] > 1e-4
+
+
 def test_replay_takes_the_disagreement_away_and_its_own_experts_change_no_gradient(make_mixture, captured):
     replay = ("policy.router_replay=true", "rollout.record_experts=true")
     free = make_mixture("training.tokens_per_micro_batch=150", f"policy.router_aux_coefficient={COEFFICIENT}")
