@@ -329,12 +329,12 @@ class Architecture(Section):
     """A Qwen3 built from numbers; with num_experts a Qwen3-MoE, each of whose layers is a mixture."""
 
     hidden_size: PositiveInt
-    intermediate_size: PositiveInt | None = None
-    """Width of the feed-forward blocks; of a mixture expert_intermediate_size says it."""
-    num_experts: Annotated[int, Field(ge=2)] | None = None
-    """Of each layer."""
-    experts_per_token: PositiveInt | None = None
-    expert_intermediate_size: PositiveInt | None = None
+    intermediate_size: Annotated[int, Field(ge=0)] = 0
+    """Width of the feed-forward blocks; 0 for a mixture."""
+    num_experts: Annotated[int, Field(ge=0)] = 0
+    """Of each layer; 0 for a plain model, as are the next two."""
+    experts_per_token: Annotated[int, Field(ge=0)] = 0
+    expert_intermediate_size: Annotated[int, Field(ge=0)] = 0
     """Width of one expert."""
     num_layers: PositiveInt
     num_heads: PositiveInt
@@ -353,18 +353,18 @@ class Architecture(Section):
 
     @model_validator(mode="after")
     def _plain_or_mixture(self) -> Architecture:
-        mixture = {key: getattr(self, key) for key in ("num_experts", "experts_per_token", "expert_intermediate_size")}
-        missing = [key for key, value in mixture.items() if value is None]
-        if self.intermediate_size is None and missing:
+        keys = ("num_experts", "experts_per_token", "expert_intermediate_size")
+        missing = [key for key in keys if not getattr(self, key)]
+        if not self.intermediate_size and missing:
             raise ValueError(
                 f"{', '.join(missing)} and intermediate_size are not set; set the latter for a plain model, the others for a mixture"
             )
-        if self.intermediate_size is not None and len(missing) < 3:
+        if self.intermediate_size and len(missing) < len(keys):
             raise ValueError(
-                f"intermediate_size is {self.intermediate_size}, of a plain model, and num_experts {self.num_experts}, experts_per_token "
-                f"{self.experts_per_token}, expert_intermediate_size {self.expert_intermediate_size} are of a mixture; remove one kind"
+                f"intermediate_size is {self.intermediate_size}, of a plain model, and {', '.join(k for k in keys if k not in missing)} of a mixture "
+                "are set; remove one kind"
             )
-        if self.num_experts is not None and (self.experts_per_token or 0) > self.num_experts:
+        if self.experts_per_token > self.num_experts:
             raise ValueError(f"experts_per_token is {self.experts_per_token}, more than num_experts {self.num_experts}")
         return self
 

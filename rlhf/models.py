@@ -100,7 +100,7 @@ def qwen3_config(architecture: Architecture, **more: Any) -> Qwen3Config | Qwen3
         tie_word_embeddings=True,
         **more,
     )
-    if architecture.num_experts is None:
+    if not architecture.num_experts:
         return Qwen3Config(**shape, intermediate_size=architecture.intermediate_size)
     return Qwen3MoeConfig(
         **shape,

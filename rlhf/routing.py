@@ -92,8 +92,8 @@ class Routers:
         self._routing: Routing | None = None
         self._replay: Tensor | None = None
         found = [_router_of(name, block) for name, block in moe_blocks(model)]
-        self._places = {router: (place, normalised) for place, (router, normalised) in enumerate(found)}
-        self.num_experts = max(router.weight.shape[0] for router in self._places)
+        self._places = {router: (place, normalised) for place, (router, normalised, _) in enumerate(found)}
+        self.num_experts = max(num_experts for *_, num_experts in found)
         for router in self._places:
             router.register_forward_hook(self._after)
 
@@ -145,8 +145,8 @@ def find_routers(model: Any, *, needed_by: str | None = None) -> Routers | None:
 
 
 @torch.no_grad()
-def _router_of(name: str, block: nn.Module) -> tuple[nn.Module, bool]:
-    """The router of a block of experts, and whether it normalises the weights of the chosen ones; found by trying."""
+def _router_of(name: str, block: nn.Module) -> tuple[nn.Module, bool, int]:
+    """The router of a block, whether it normalises the weights of the chosen experts, and how many there are; found by trying."""
     for child_name, child in block.named_children():
         weight = getattr(child, "weight", None)
         if child_name in ("experts", "shared_expert", "shared_expert_gate") or not isinstance(weight, Tensor):
@@ -160,12 +160,12 @@ def _router_of(name: str, block: nn.Module) -> tuple[nn.Module, bool]:
         if not isinstance(output, tuple) or len(output) != 3:
             continue
         logits, weights, experts = output
-        if experts.shape != weights.shape or experts.is_floating_point() or logits.shape != (16, weight.shape[0]):
+        if experts.shape != weights.shape or experts.is_floating_point() or logits.shape[:1] != (16,):
             continue
         for normalised in (True, False):
             expected = router_weights(logits, experts, normalised=normalised).to(weights.dtype)
             if torch.allclose(expected, weights, rtol=1e-2 if weights.dtype == torch.bfloat16 else 1e-4):
-                return child, normalised
+                return child, normalised, logits.shape[-1]
     raise ValueError(
         f"the router of {name} is not a softmax over experts as of Mixtral, Qwen3-MoE or OLMoE, so its choice can be neither balanced nor replayed"
     )

@@ -194,6 +194,6 @@ def _repack(model: torch.nn.Module) -> None:
 
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
     for module in mixtures(model):
-        experts = getattr(getattr(module.routed_experts.quant_method, "moe_kernel", None), "fused_experts", None)
+        experts: Any = getattr(getattr(module.routed_experts.quant_method, "moe_kernel", None), "fused_experts", None)
         if isinstance(experts, cpu_experts()):
             experts.process_weights_after_loading(module.routed_experts)

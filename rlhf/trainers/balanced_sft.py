@@ -53,7 +53,8 @@ class BalancedSFTTrainer(SFTTrainer):
     def _load(self, batch: dict[str, Tensor], positions: Tensor) -> Tensor:
         inputs = self._prepare_inputs({key: value for key, value in batch.items() if key != "labels"})
         with self._routers.listening() as routing:
-            self.model_wrapped(**inputs, use_cache=False, logits_to_keep=1)
+            wrapped: Any = self.model_wrapped
+            wrapped(**inputs, use_cache=False, logits_to_keep=1)
         return routing.at(positions).load
 
     def compute_loss(

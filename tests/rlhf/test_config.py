@@ -39,6 +39,7 @@ def grpo(*overrides):
         ("rewards=[{name: format}]", "rewards has no correctness component"),
         ("rewards=[{name: correctness}, {name: correctness}]", "the same component twice"),
         ("rewards=[{name: reward_model}]", "path"),
+        ("policy.router_replay=true", "rollout.record_experts is not, so there would be nothing to replay; set it"),
         ("rollout.engine=sglang", "input should be 'auto', 'vllm' or 'transformers'"),
     ],
 )
@@ -46,6 +47,20 @@ def test_a_wrong_key_or_value_is_a_sentence_with_its_repair(override, message):
     with pytest.raises(ValueError) as error:
         grpo(override)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("tiny", "num_experts=4", "intermediate_size is 384, of a plain model, and num_experts of a mixture are set"),
+        ("tiny", "intermediate_size=0", "set the latter for a plain model, the others for a mixture"),
+        ("moe", "expert_intermediate_size=0", "expert_intermediate_size and intermediate_size are not set"),
+        ("moe", "experts_per_token=9", "experts_per_token is 9, more than num_experts 8"),
+    ],
+)
+def test_an_architecture_is_a_plain_model_or_a_whole_mixture(recipe, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(ROOT / f"recipes/{recipe}/build_model.yaml", [f"architecture.{override}"])
 
 
 def test_small_numbers_in_scientific_notation_are_numbers():

@@ -7,7 +7,6 @@ import torch
 from online_helpers import G, assert_same, expected_gradient, experience
 from torch.testing import assert_close
 
-from rlhf.config import load_config
 from rlhf.metrics import Metrics
 from rlhf.rollout_buffer import RolloutBuffer, from_files, to_files
 
@@ -168,11 +167,6 @@ def test_replay_without_the_samplers_experts_is_an_error(make_mixture):
     trainer = make_mixture_without_engine(make_mixture, folder="run")
     with pytest.raises(RuntimeError, match="12 of 12 rollouts do not say which experts the engine used"):
         trainer.updater.update(experience(trainer), Metrics())
-
-
-def test_a_recipe_that_replays_must_record():
-    with pytest.raises(ValueError, match=r"policy.router_replay is set but rollout.record_experts is not"):
-        load_config("recipes/moe/grpo.yaml", ["policy.router_replay=true", "rollout.record_experts=false"])
 
 
 def test_an_engine_that_cannot_record_experts_is_refused(make_mixture):
