@@ -101,7 +101,7 @@ class Routers:
     def listening(self, replay: Tensor | None = None) -> Iterator[Routing]:
         """What the routers do in the forward pass inside; with `replay` [M, L, K] they take those experts, with their own weights for them.
 
-        In a pass with gradient the replay outlasts the block: what is recomputed in the backward pass must take the same experts.
+        What the backward pass recomputes of a pass with gradient takes the same experts; other passes outside the block choose freely.
         """
         before, self._replay = self._replay, replay
         self._routing = Routing()
@@ -115,14 +115,16 @@ class Routers:
     def _after(self, router: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...] | None:
         logits, weights, own = output
         experts, (place, normalised) = own, self._places[router]
-        if self._replay is not None:
-            experts = self._replay[:, place].to(own)
+        recomputed = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint finds it out
+        replay = self._replay if self._routing is not None or recomputed else None
+        if replay is not None:
+            experts = replay[:, place].to(own)
             weights = router_weights(logits, experts, normalised=normalised).to(weights.dtype)
         if self._routing is not None:
             self._routing.logits.append(logits)
             self._routing.own.append(own)
             self._routing.experts.append(experts)
-        return None if self._replay is None else (logits, weights, experts)
+        return None if replay is None else (logits, weights, experts)
 
 
 def find_routers(model: Any, *, needed_by: str | None = None) -> Routers | None:

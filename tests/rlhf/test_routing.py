@@ -161,6 +161,19 @@ def test_recomputing_activations_takes_the_replayed_experts_again(mixture):
         assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_a_replay_ends_with_its_pass(mixture):
+    tokens = torch.tensor([[5, 6, 7]])
+    free = mixture(input_ids=tokens).logits
+    routers = Routers(mixture)
+    replay = torch.stack([scattered(t) for t in (5, 6, 7)])
+    with routers.listening(replay):
+        replayed = mixture(input_ids=tokens).logits
+    assert (replayed - free).abs().max() > 1e-3
+    assert torch.equal(mixture(input_ids=tokens).logits, free)
+    replayed.sum().backward()
+    assert torch.equal(mixture(input_ids=tokens).logits, free)
+
+
 SHAPE = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 
 
