@@ -96,10 +96,21 @@ def require_unsharded(model: Model, zero_stage: int) -> None:
         )
 
 
-class Policy(Model):
+class LanguageModel(Model):
+    """Weights of a language model to start training from."""
+
+    router_aux_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the loss that spreads the tokens evenly over the experts of a mixture (rlhf/balance.py). It counts the tokens of the whole
+    optimizer step, so it costs a forward pass where a step has several micro-batches or ranks."""
+
+
+class Policy(LanguageModel):
     """Weights to start from, which a rollout engine follows."""
 
     lora: PolicyLora | None = None  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    router_replay: bool = False
+    """Send the tokens of a mixture to the experts they went to when they were sampled, with the weights of the policy's own routers
+    (https://arxiv.org/abs/2510.11370); for engines whose routers choose otherwise than the trainer's."""
 
     @model_validator(mode="after")
     def _the_engine_must_have_the_same_base(self) -> Policy:
@@ -347,10 +358,16 @@ class CurateData(Section):
 
 
 class Architecture(Section):
-    """A Qwen3 built from numbers."""
+    """A Qwen3 built from numbers; with num_experts a Qwen3-MoE, each of whose layers is a mixture."""
 
     hidden_size: PositiveInt
-    intermediate_size: PositiveInt
+    intermediate_size: Annotated[int, Field(ge=0)] = 0
+    """Width of the feed-forward blocks; 0 for a mixture."""
+    num_experts: Annotated[int, Field(ge=0)] = 0
+    """Of each layer; 0 for a plain model, as are the next two."""
+    experts_per_token: Annotated[int, Field(ge=0)] = 0
+    expert_intermediate_size: Annotated[int, Field(ge=0)] = 0
+    """Width of one expert."""
     num_layers: PositiveInt
     num_heads: PositiveInt
     num_kv_heads: PositiveInt
@@ -364,6 +381,23 @@ class Architecture(Section):
     def _heads_share_evenly(self) -> Architecture:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads is {self.num_heads}, not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _plain_or_mixture(self) -> Architecture:
+        keys = ("num_experts", "experts_per_token", "expert_intermediate_size")
+        missing = [key for key in keys if not getattr(self, key)]
+        if not self.intermediate_size and missing:
+            raise ValueError(
+                f"{', '.join(missing)} and intermediate_size are not set; set the latter for a plain model, the others for a mixture"
+            )
+        if self.intermediate_size and len(missing) < len(keys):
+            raise ValueError(
+                f"intermediate_size is {self.intermediate_size}, of a plain model, and {', '.join(k for k in keys if k not in missing)} of a mixture "
+                "are set; remove one kind"
+            )
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token is {self.experts_per_token}, more than num_experts {self.num_experts}")
         return self
 
 
@@ -389,7 +423,7 @@ class SFT(Section):
     stage: Literal["sft"]
     output_dir: str
     seed: int = 0
-    model: Model
+    model: LanguageModel
     chat: Chat = Chat()
     demonstrations: str
     max_tokens: PositiveInt
@@ -607,6 +641,9 @@ class Guards(Section):
 
     max_kl_sampler: Annotated[float, Field(gt=0)] = 0.05
     """Nats per token between the engine that samples and the trainer, on policy."""
+    max_router_disagreement: Share = 0.25
+    """Share of (token, layer) of a mixture that may go to other experts in the engine than in the trainer, on policy; in bfloat16 a tenth is
+    usual. Measured with rollout.record_experts."""
     max_undecided_share: Share = 0.1
     """Share of completions the grader may fail to judge."""
     max_kl_stale: Annotated[float, Field(gt=0)] = 1.0
@@ -657,6 +694,9 @@ class OnlineRollout(Rollout):
     """For the engine `server`."""
     prompts_per_batch: PositiveInt
     """Over all ranks. A rollout batch is sampled by one policy version."""
+    record_experts: bool = False
+    """Note which experts of a mixture the engine sent each token to: policy.router_replay needs it, moe/disagreement is measured with it.
+    On a CPU the engine then computes a prompt once for each sample."""
     refill_rounds: Annotated[int, Field(ge=0)] = 0
     """How often groups without signal are replaced by fresh prompts' groups before training: dynamic sampling (DAPO,
     https://arxiv.org/abs/2503.14476, section 3.2) with a budget. What is left without signal after the last round stays."""
@@ -671,6 +711,10 @@ class OnlineRollout(Rollout):
             )
             raise ValueError(
                 f"rollout.engine is {self.engine} and {problem}; give both (server: {{}} starts one here) or neither"
+            )
+        if self.engine == "server" and self.record_experts:
+            raise ValueError(
+                "rollout.record_experts is set and rollout.engine is server, whose experts are not read; set engine to vllm"
             )
         return self
 
@@ -736,6 +780,10 @@ class Online(Section):
                     f"reference.kind is {kind} and policy.lora is {'set' if lora else 'not set'}; with LoRA take lora_base or frozen, "
                     "without it frozen or moving_average"
                 )
+        if self.policy.router_replay and not self.rollout.record_experts:
+            raise ValueError(
+                "policy.router_replay is set but rollout.record_experts is not, so there would be nothing to replay; set it"
+            )
         if self.rollout.prompts_per_batch % self.training.minibatches_per_batch:
             raise ValueError(
                 f"rollout.prompts_per_batch is {self.rollout.prompts_per_batch}, not a multiple of training.minibatches_per_batch "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,6 +31,7 @@ def start(seed: int) -> Accelerator:
     accelerator = Accelerator(cpu=on_cpu_ranks and not deepspeed, kwargs_handlers=handlers)
     require_all_ranks(accelerator)
     plugin = accelerator.state.deepspeed_plugin
+    require_whole_experts(plugin.deepspeed_config if plugin is not None else {})
     if plugin is not None:
         # The loop accumulates by itself, with one denominator an optimizer step.
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
@@ -69,6 +70,22 @@ def require_all_ranks(accelerator: Accelerator) -> None:
         raise RuntimeError(
             f"{num_ranks()} ranks were launched, but accelerate sees {accelerator.num_processes} of them and calls them "
             f"{accelerator.distributed_type}: gradients would not be shared; check the accelerate configuration against recipes/accelerate/"
+        )
+
+
+def require_whole_experts(deepspeed: Mapping[str, Any]) -> None:
+    """Refuse DeepSpeed's expert parallelism (AutoEP), which puts blocks of its own in the place of the model's.
+
+    Its ranks hold some experts each, in tensors of other names and shapes: weights for the rollout engine, saved models and checkpoints
+    would be of the experts of one rank.
+
+    Raises:
+        ValueError: when a DeepSpeed configuration asks for it.
+    """
+    if (deepspeed.get("expert_parallel") or {}).get("enabled"):
+        raise ValueError(
+            "the DeepSpeed configuration has expert_parallel, under which no rank holds the whole model and neither the rollout engine nor a "
+            "checkpoint would get the experts of the others; remove it: ZeRO-3 shards experts too (recipes/accelerate/zero3.yaml)"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,27 @@ def require_same_policy(kl_sampler: float, guards: Guards, *, stale: bool = Fals
             f"policy/kl_sampler is {kl_sampler:.3g} nats per token, above guards.max_kl_sampler {bound:g}: the engine that samples is not the policy "
             "that is trained. Look at sync/error in metrics.jsonl (stale weights), at rollout.temperature, at rollout.dtype against the "
             "trainer's, and for MoE models at router disagreement"
+        )
+
+
+def require_same_experts(means: Mapping[str, float], bound: float) -> None:
+    """The sampler's and the trainer's routers must send tokens to the same experts, before the trainer moves; where that was measured."""
+    disagreement = means.get("moe/disagreement", 0.0)
+    if not disagreement <= bound:
+        raise RuntimeError(
+            f"moe/disagreement is {disagreement:.3g}: that share of (token, layer) went to other experts in the sampler than in the trainer, above "
+            f"guards.max_router_disagreement {bound:g}, and runs in which routers drift apart collapse. Look at sync/error in metrics.jsonl (stale "
+            "weights), at rollout.dtype against the trainer's, or set policy.router_replay to true"
+        )
+
+
+def require_experts(rollouts: Sequence[Rollout]) -> None:
+    """Replay needs the sampler's experts."""
+    missing = sum(rollout.routed_experts is None for rollout in rollouts)
+    if missing:
+        raise RuntimeError(
+            f"{missing} of {len(rollouts)} rollouts do not say which experts the engine used, and policy.router_replay is set; use an engine that "
+            "records them (rollout.engine vllm with rollout.record_experts) or set policy.router_replay to false"
         )
 
 

@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -84,24 +86,40 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     return tokenizer
 
 
-def build_qwen3(architecture: Architecture, tokenizer: Any, *, seed: int) -> Qwen3ForCausalLM:
-    """A randomly initialised Qwen3 with tied embeddings, sized for the tokenizer."""
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=architecture.hidden_size,
-            intermediate_size=architecture.intermediate_size,
-            num_hidden_layers=architecture.num_layers,
-            num_attention_heads=architecture.num_heads,
-            num_key_value_heads=architecture.num_kv_heads,
-            head_dim=architecture.head_dim,
-            max_position_embeddings=architecture.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
-            initializer_range=architecture.initializer_range,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+def qwen3_config(architecture: Architecture, **more: Any) -> Qwen3Config | Qwen3MoeConfig:
+    """The config of a Qwen3, or of a Qwen3-MoE, with tied embeddings."""
+    shape: dict[str, Any] = dict(
+        hidden_size=architecture.hidden_size,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_heads,
+        num_key_value_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        max_position_embeddings=architecture.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        initializer_range=architecture.initializer_range,
+        tie_word_embeddings=True,
+        **more,
     )
+    if not architecture.num_experts:
+        return Qwen3Config(**shape, intermediate_size=architecture.intermediate_size)
+    return Qwen3MoeConfig(
+        **shape,
+        num_experts=architecture.num_experts,
+        num_experts_per_tok=architecture.experts_per_token,
+        moe_intermediate_size=architecture.expert_intermediate_size,
+        intermediate_size=architecture.expert_intermediate_size,  # of plain layers, of which there are none
+        norm_topk_prob=True,
+    )
+
+
+def build_qwen3(architecture: Architecture, tokenizer: Any, *, seed: int) -> PreTrainedModel:
+    """A randomly initialised Qwen3 or Qwen3-MoE, sized for the tokenizer."""
+    torch.manual_seed(seed)
+    config = qwen3_config(
+        architecture,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen3ForCausalLM(config) if isinstance(config, Qwen3Config) else Qwen3MoeForCausalLM(config)

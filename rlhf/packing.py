@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf.attention import Group
+from rlhf.balance import even_choice
 from rlhf.types import Batch, Rollout
 
 
@@ -91,17 +92,20 @@ def pack_shared(rollouts: Sequence[Rollout], rows: Sequence[int], trained: Tenso
     layout: list[Group] = []
     scored: list[int] = []
     kept: list[int] = []
+    experts: list[Tensor | None] = []
     order = [i for group in by_prompt(rollouts, rows) for i in group]
     for group in by_prompt(rollouts, rows):
         prompt = rollouts[group[0]].prompt.token_ids
         start = len(tokens)
         tokens += prompt
         positions += range(len(prompt))
+        experts.append(_experts(rollouts[group[0]], 0, len(prompt)))
         end, spans = len(tokens), []
         for i in group:
             first = len(tokens)
             tokens += rollouts[i].token_ids[:-1]
             positions += range(len(prompt), len(prompt) + len(tokens) - first)
+            experts.append(_experts(rollouts[i], len(prompt), None))
             if len(tokens) > first:
                 spans.append((first, len(tokens)))
             if trained[i]:
@@ -115,6 +119,7 @@ def pack_shared(rollouts: Sequence[Rollout], rows: Sequence[int], trained: Tenso
         layout=tuple(layout),
         scored=torch.tensor(scored, dtype=torch.long),
         rows=tuple(order),
+        routed_experts=_end_to_end(experts),
         **_per_token(rollouts, order, kept),
     )
 
@@ -125,10 +130,15 @@ def pack_padded(rollouts: Sequence[Rollout], rows: Sequence[int], trained: Tenso
     width = max(map(len, sequences))
     lengths = torch.tensor([len(s) for s in sequences])
     scored: list[int] = []
+    experts: list[Tensor | None] = []
     for b, i in enumerate(rows):
         if trained[i]:
             start = b * width + len(rollouts[i].prompt.token_ids) - 1
             scored += range(start, start + len(rollouts[i].token_ids))
+        of_row = _experts(rollouts[i], 0, None)
+        experts.append(of_row)
+        if of_row is not None:  # padding goes to any experts, which nothing counts
+            experts.append(even_choice((width - len(sequences[b]), *of_row.shape[1:])))
     return Batch(
         input_ids=torch.tensor([[*s, *[pad_token_id] * (width - len(s))] for s in sequences]),
         position_ids=torch.arange(width).expand(len(rows), width),
@@ -136,8 +146,19 @@ def pack_padded(rollouts: Sequence[Rollout], rows: Sequence[int], trained: Tenso
         layout=None,
         scored=torch.tensor(scored, dtype=torch.long),
         rows=tuple(rows),
+        routed_experts=_end_to_end(experts),
         **_per_token(rollouts, list(rows), [i for i in rows if trained[i]]),
     )
+
+
+def _experts(rollout: Rollout, start: int, stop: int | None) -> Tensor | None:
+    """The sampler's experts at some of a sequence's positions."""
+    return None if rollout.routed_experts is None else rollout.routed_experts[start:stop].long()
+
+
+def _end_to_end(experts: list[Tensor | None]) -> Tensor | None:
+    known = [e for e in experts if e is not None]
+    return torch.cat(known) if len(known) == len(experts) else None
 
 
 def _per_token(rollouts: Sequence[Rollout], order: list[int], kept: list[int]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float) -> Tensor:
-        """[N] of the trained targets."""
+        """[N] of the trained targets; a mixture's tokens go where its own routers send them, also when the policy replays the sampler's."""
+        batch = replace(batch, routed_experts=None)
         with base_of(self._policy.model) if self._config.kind == "lora_base" else nullcontext():
             return self.scorer(batch, temperature)[0]
 

@@ -48,6 +48,9 @@ def to_files(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "sampler_logprobs": torch.tensor([x for r in experience.rollouts for x in r.logprobs], dtype=torch.float64),
         "trained": experience.trained,
     }
+    experts = [r.routed_experts for r in experience.rollouts if r.routed_experts is not None]
+    if len(experts) == len(experience.rollouts):
+        tensors["routed_experts"] = torch.cat(experts)
     for name in PER_TOKEN:
         per_rollout: PerRollout | None = getattr(experience, name)
         if per_rollout is not None:
@@ -72,13 +75,20 @@ def from_files(tensors: dict[str, Tensor], document: dict[str, Any]) -> RolloutB
     prompts = [Prompt(**{**p, "token_ids": tuple(p["token_ids"])}) for p in document["prompts"]]
     lengths = tensors["lengths"].tolist()
     token_ids, logprobs = (tensors[name].split(lengths) for name in ("token_ids", "sampler_logprobs"))
+    experts: Sequence[Tensor | None] = [None] * len(lengths)
+    if "routed_experts" in tensors:
+        computed = [
+            len(prompts[r["prompt"]].token_ids) + n - 1 for r, n in zip(document["rollouts"], lengths, strict=True)
+        ]
+        experts = tensors["routed_experts"].split(computed)
     rollouts = [
         Rollout(
             **{**r, "prompt": prompts[r["prompt"]]},
             token_ids=tuple(tokens.tolist()),
             logprobs=tuple(of_tokens.tolist()),
+            routed_experts=of_rollout,
         )
-        for r, tokens, of_tokens in zip(document["rollouts"], token_ids, logprobs, strict=True)
+        for r, tokens, of_tokens, of_rollout in zip(document["rollouts"], token_ids, logprobs, experts, strict=True)
     ]
     scores = [Score(**{**s, "steps": tuple(StepReward(**step) for step in s["steps"])}) for s in document["scores"]]
     per_token = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.attention import NAME
 from rlhf.logprobs import chunked_logprobs, token_entropy, token_logprobs
+from rlhf.routing import RouterStatistics, find_routers
 from rlhf.types import Batch
 
 
@@ -34,6 +35,15 @@ def run(model: Any, batch: Batch) -> Any:
     )
 
 
+class Scored(NamedTuple):
+    logprobs: Tensor
+    """[N] of the targets, at the sampler's temperature."""
+    entropies: Tensor
+    """[N] in nats."""
+    routing: RouterStatistics | None
+    """Of the routers at the trained tokens; None for a model without."""
+
+
 class Scorer(nn.Module):
     """Runs a model over a `Batch` and scores its trained tokens, without logits of any other position.
 
@@ -42,19 +52,32 @@ class Scorer(nn.Module):
     Args:
         model: of transformers, for causal language modelling.
         share_prompts: whether batches are packed rows with a layout.
+        replay_experts: a mixture's tokens go to the sampler's experts, with the weights of the model's own routers
+            (https://arxiv.org/abs/2510.11370).
+        routers_needed_by: key of the recipe that is about routers, if one is.
     """
 
-    def __init__(self, model: Any, *, share_prompts: bool) -> None:
+    def __init__(
+        self, model: Any, *, share_prompts: bool, replay_experts: bool = False, routers_needed_by: str | None = None
+    ) -> None:
         super().__init__()
         self.model, self.plain_head, self.share_prompts = model, has_plain_head(model), share_prompts
+        self.replay_experts, self.routers = replay_experts, find_routers(model, needed_by=routers_needed_by)
         model.set_attn_implementation(NAME if share_prompts else "sdpa")
 
-    def forward(self, batch: Batch, temperature: float, expected: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[N] log-probabilities of the targets and [N] entropies, in nats at the sampler's temperature.
+    def forward(self, batch: Batch, temperature: float, expected: Tensor | None = None) -> Scored:
+        """Log-probabilities of the targets, entropies and what routers did.
 
         `expected` [N] are the loss's derivatives where the caller knows them beforehand (see `chunked_logprobs`): it saves time,
         and changes nothing.
         """
+        if self.routers is None:
+            return Scored(*self._score(batch, temperature, expected), None)
+        with self.routers.listening(batch.routed_experts if self.replay_experts else None) as routing:
+            logprobs, entropies = self._score(batch, temperature, expected)
+        return Scored(logprobs, entropies, routing.at(batch.scored, batch.routed_experts))
+
+    def _score(self, batch: Batch, temperature: float, expected: Tensor | None) -> tuple[Tensor, Tensor]:
         output = run(self.model.base_model if self.plain_head else self.model, batch)
         states = output.last_hidden_state if self.plain_head else output.logits
         device = states.device

@@ -50,6 +50,9 @@ class Rollout:
     """The decoded completion, without the end-of-sequence token."""
     policy_version: int
     """Optimizer steps the sampling weights had seen."""
+    routed_experts: Tensor | None = field(default=None, compare=False)
+    """[prompt + T - 1, L, K] the experts that the engine's routers sent each token to, the last one of the completion aside, which is not
+    computed; integers as small as fit. None where the engine was not asked."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -59,6 +62,11 @@ class Rollout:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(
                 f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities for {self.prompt.id!r}"
+            )
+        computed = len(self.prompt.token_ids) + len(self.token_ids) - 1
+        if self.routed_experts is not None and len(self.routed_experts) != computed:
+            raise ValueError(
+                f"experts of {len(self.routed_experts)} tokens for {self.prompt.id!r}, of which {computed} were computed"
             )
 
 
@@ -120,6 +128,8 @@ class Batch:
     """[B] index of each sequence in the rollout batch it came from."""
     kept: tuple[int, ...]
     """Those of `rows` that are trained on, in the order of their tokens: what belongs to the `N` tokens is theirs laid end to end."""
+    routed_experts: Tensor | None = None
+    """[R·T, L, K] the sampler's experts at each position, rows laid end to end; of a prompt computed once, those of its first sample."""
 
     @property
     def num_tokens(self) -> int:

@@ -16,12 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf.attention import can_share_prefix
+from rlhf.balance import expert_load
 from rlhf.config import PPO, Algorithm, Online
 from rlhf.controllers import adapted_entropy_coefficient, adapted_kl_coefficient, applied_entropy_coefficient
 from rlhf.critic import Critic
 from rlhf.distributed import beside, gather, global_max
 from rlhf.experience import Experience, PerRollout
-from rlhf.guards import require_finite, require_same_policy
+from rlhf.expert_balance import ExpertBalance, count_disagreement
+from rlhf.guards import require_experts, require_finite, require_same_experts, require_same_policy
 from rlhf.kl import KL, k3, off_policy
 from rlhf.learner import Learner
 from rlhf.losses import (
@@ -42,7 +44,7 @@ from rlhf.metrics import Metrics, reduce_metrics
 from rlhf.packing import pack_padded, pack_shared, padded_chunks, shared_chunks
 from rlhf.reference import ReferencePolicy
 from rlhf.run import say
-from rlhf.scorer import Scorer
+from rlhf.scorer import Scored, Scorer
 from rlhf.types import Batch, Rollout
 
 
@@ -108,7 +110,16 @@ class Updater:
         self.steps_per_batch = training.minibatches_per_batch * training.passes_per_batch
         self.warmup_batches = config.critic.warmup_batches if isinstance(config, PPO) else 0
         policy = ready(policy, gradient_checkpointing=config.policy.gradient_checkpointing)
-        scorer = Scorer(policy, share_prompts=self.shares_prompts).train(policy.training)
+        needs_routers = {
+            "router_aux_coefficient": config.policy.router_aux_coefficient,
+            "router_replay": config.policy.router_replay,
+        }
+        scorer = Scorer(
+            policy,
+            share_prompts=self.shares_prompts,
+            replay_experts=config.policy.router_replay,
+            routers_needed_by=next((f"policy.{key}" for key, value in needs_routers.items() if value), None),
+        ).train(policy.training)
         self.reference: ReferencePolicy | None = None
         if config.reference is not None:
             self.reference = ReferencePolicy(config.reference, accelerator, scorer, reference)
@@ -222,6 +233,8 @@ class Updater:
             RuntimeError: when the sampler was not the policy.
             FloatingPointError: when a loss or gradient is not finite.
         """
+        if self.config.policy.router_replay:
+            require_experts(experience.rollouts)
         training, size = self.config.training, self.config.rollout.samples_per_prompt
         rows_per_minibatch = len(experience.rollouts) // size // training.minibatches_per_batch * size
         plans = self._plans = [
@@ -233,11 +246,16 @@ class Updater:
         if moves_policy and steps_taken == 0:
             # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.
             first = 0 if self.config.algorithm.top_entropy_share < 1 else 1
+            found = Metrics()
             for plan in plans[first:]:
                 for micro in plan:
                     with torch.no_grad():
-                        micro.old_logprobs, entropies = self._forward(micro)
-                    micro.entropies = entropies if self.config.algorithm.top_entropy_share < 1 else None
+                        scored = self._forward(micro)
+                    micro.old_logprobs = scored.logprobs
+                    micro.entropies = scored.entropies if self.config.algorithm.top_entropy_share < 1 else None
+                    count_disagreement(scored.routing, micro.batch, found)
+            require_same_experts(self._means(found), self.config.guards.max_router_disagreement)
+            metrics.update(found)
         for taken in range(steps_taken, self.steps_per_batch):
             plan = plans[taken % len(plans)]
             if moves_policy:
@@ -265,8 +283,8 @@ class Updater:
     def _plan(self, experience: Experience, rows: range) -> list[MicroBatch]:
         """Micro-batches of one optimizer step; the same number on every rank.
 
-        Sequences without advantage have no gradient unless a KL term or an entropy bonus gives them one, so they are not computed;
-        the denominator counts them all the same.
+        Sequences without advantage have no gradient unless a KL term, an entropy bonus or the balance of the experts gives them one, so
+        they are not computed; the denominator counts them all the same.
         """
         algorithm = self.config.algorithm
         lengths = torch.tensor([len(experience.rollouts[i].token_ids) if experience.trained[i] else 0 for i in rows])
@@ -280,6 +298,7 @@ class Updater:
             or algorithm.entropy_coefficient > 0
             or algorithm.entropy_target is not None
             or algorithm.top_entropy_share < 1
+            or self.config.policy.router_aux_coefficient > 0
         )
         needed = [i for i in rows if experience.trained[i] and (everything or experience.advantages[i].any())]
         chunks = self._chunks(experience.rollouts, needed)
@@ -310,8 +329,17 @@ class Updater:
             of_tokens(experience.entropies),
         )
 
-    def _forward(self, micro: MicroBatch, expected: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _forward(self, micro: MicroBatch, expected: Tensor | None = None) -> Scored:
         return self.policy.module(micro.batch, self.config.rollout.temperature, expected)
+
+    @torch.no_grad()
+    def _expert_load(self, batch: Batch) -> Tensor:
+        """[L, E] trained tokens of each expert: of the sampler's experts where they are replayed, else by the policy as it is now."""
+        if self.config.policy.router_replay:
+            assert batch.routed_experts is not None
+            sampled = batch.routed_experts.index_select(0, batch.scored)
+            return expert_load(sampled, self.policy.unwrapped.routers.num_experts)
+        return self.policy.module(batch, self.config.rollout.temperature).routing.load
 
     def _policy_step(self, plan: Sequence[MicroBatch], metrics: Metrics) -> None:
         algorithm, local = self.config.algorithm, Metrics()
@@ -321,15 +349,21 @@ class Updater:
             threshold = high_entropy_threshold(
                 torch.tensor(gather(self.accelerator, entropies.tolist())), algorithm.top_entropy_share
             )
+        balance = ExpertBalance(self.accelerator, self.config.policy.router_aux_coefficient)
+        if balance.must_count(len(plan)):
+            num_tokens = sum(micro.batch.scored.numel() for micro in plan)
+            balance.fix([self._expert_load(micro.batch) for micro in plan], num_tokens=num_tokens)
         total_loss, means = 0.0, {}
         for i, micro in enumerate(plan):
             last = i == len(plan) - 1
             with self.policy.micro_batch(last=last):
                 # On policy every ratio is 1, and there each of the losses has the policy gradient.
                 on_policy = micro.old_logprobs is None
-                logprobs, entropy = self._forward(micro, -micro.advantages * micro.weights if on_policy else None)
+                scored = self._forward(micro, -micro.advantages * micro.weights if on_policy else None)
+                logprobs, entropy, routing = scored
                 if micro.old_logprobs is None:
                     micro.old_logprobs = logprobs.detach()
+                    count_disagreement(routing, micro.batch, local)
                 focus = None if micro.entropies is None else high_entropy_mask(micro.entropies.to(logprobs), threshold)
                 loss = (self._policy_loss(micro, logprobs, entropy, focus, local) * micro.weights.to(logprobs)).sum()
                 local.add("train/tokens", total=micro.batch.num_tokens, count=1)
@@ -338,12 +372,15 @@ class Updater:
                 if last:
                     means = self._means(local)
                     require_same_policy(means.get("policy/kl_sampler", 0.0), self.config.guards, stale=self._stale)
+                    require_same_experts(means, self.config.guards.max_router_disagreement)
+                loss = loss + balance.loss(routing)
                 self.policy.backward(loss)  # 0, with a gradient of 0, on an idle pass
         metrics.add("policy/grad_norm", total=self.policy.step(), count=1)
         self.policy_version += 1
         if self.reference is not None:
             self.reference.follow(self.policy_version)
         metrics.add("policy/loss", total=total_loss * self.accelerator.num_processes, count=1)
+        balance.describe(metrics, replayed=self.config.policy.router_replay)
         metrics.update(local)
         self._adapt(means)
 

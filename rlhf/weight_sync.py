@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.logprobs import token_logprobs
 from rlhf.lora import adapter_parameters, merged_parameters
@@ -40,17 +40,32 @@ def send_weights(engine: RolloutEngine, policy: nn.Module, *, policy_version: in
     if engine.lora is not None:
         engine.load_adapter(adapter_parameters(policy), policy_version=policy_version)
     else:
-        engine.load_weights(_Merged(policy), policy_version=policy_version)
+        weights = Merged(policy, as_in_files=engine.checkpoint_names)
+        engine.load_weights(weights, policy_version=policy_version)
 
 
-class _Merged:
-    """Whole weights with adapters merged, gathered anew each time they are iterated over."""
+class Merged:
+    """A policy's whole weights with adapters merged, gathered anew each time they are iterated over.
 
-    def __init__(self, policy: nn.Module) -> None:
-        self._policy = policy
+    Args:
+        policy: the model.
+        as_in_files: whether they get the names of the model's files.
+    """
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return merged_parameters(self._policy)
+    def __init__(self, policy: nn.Module, *, as_in_files: bool) -> None:
+        self._policy, self._as_in_files = policy, as_in_files
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        weights = merged_parameters(self._policy)
+        return as_saved(self._policy, weights) if self._as_in_files else weights
+
+
+def as_saved(policy: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights under the names, and in the pieces, of the model's files: transformers fuses the experts of a mixture as it loads them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    for name, tensor in weights:
+        yield from revert_weight_conversion(policy, {name: tensor}).items()  # type: ignore[arg-type]
 
 
 class WeightSync:

@@ -17,7 +17,7 @@ def build_model(config: BuildModel, run: Run) -> None:
     model.save_pretrained(run.folder)
     tokenizer.save_pretrained(run.folder)
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"Qwen3 with {parameters / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
+    say(f"{model.config.model_type} with {parameters / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
     run.finish(num_parameters=parameters, vocab_size=len(tokenizer))
 
 

@@ -77,6 +77,7 @@ def check_stage(report: Report, config: Config, context: Context) -> None:
     inputs.check_text(report, config, records, there)
     trained = shapes.trained_models(report, config, context)
     shapes.check_leaves(report, trained)
+    shapes.check_routers(report, config, trained)
     environment.check_disk(report, config, shapes.checkpoint_sizes(trained))
 
 

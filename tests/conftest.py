@@ -54,3 +54,16 @@ def model_folder(tmp_path_factory, tokenizer, tiny_architecture):
     build_qwen3(tiny_architecture, tokenizer, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def mixture_folder(tmp_path_factory, tokenizer):
+    """A saved, randomly initialised mixture of experts with its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "mixture"
+    architecture = Architecture(
+        hidden_size=64, num_experts=8, experts_per_token=2, expert_intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1,
+        head_dim=32, max_positions=256, initializer_range=0.1,
+    )  # fmt: skip
+    build_qwen3(architecture, tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -17,7 +17,7 @@ ALLOWED = {
     "reward_models": {"reward_models", "rlhf"},
     "rlhf": {"rlhf"},
 }
-MATHEMATICS = ("masking", "logprobs", "advantages", "losses", "kl")
+MATHEMATICS = ("masking", "logprobs", "advantages", "losses", "kl", "balance")
 
 
 def sources(package):

@@ -90,6 +90,33 @@ def test_the_demo_in_small_goes_through_every_stage_and_twice_to_the_same_number
 
 
 @pytest.mark.slow
+def test_a_mixture_of_experts_goes_through_every_stage(tmp_path):
+    overrides = {
+        "prepare_data": [
+            "num_demonstrations=128",
+            "num_train_problems=50",
+            "num_test_problems=10",
+            "num_preference_pairs=32",
+        ],
+        "sft": ["training.num_steps=10", "training.log_every=5", "training.micro_batch_size=16"],
+        "reward_model": ["training.num_steps=2"],
+        "grpo": ["training.num_batches=1", "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4", "policy.router_replay=true"],
+        "evaluate": ["rollout.samples_per_prompt=4"],
+    }  # fmt: skip
+    summary, _ = run_pipeline(tmp_path, "recipes/moe/pipeline.yaml", "outputs/moe", overrides)
+    check_summary(summary, 10)
+    [row] = [json.loads(line) for line in (tmp_path / "grpo/metrics.jsonl").read_text().splitlines()]
+    assert row["moe/disagreement"] == 0  # with replay
+    assert row["moe/replaced"] < 0.02
+    assert row["sync/error"] < 1e-5
+    assert 1 <= row["moe/load"] <= 4
+    for row in map(json.loads, (tmp_path / "sft/metrics.jsonl").read_text().splitlines()):
+        assert 2 <= row["moe/balance_loss"] < 8
+    built = json.loads((tmp_path / "grpo/config.json").read_text())
+    assert (built["model_type"], built["num_experts"], built["num_experts_per_tok"]) == ("qwen3_moe", 8, 2)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="needs ../shared/data/gsm8k")
 def test_real_gsm8k_text_goes_through_every_stage(tmp_path):
     fewer = {

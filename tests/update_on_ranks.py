@@ -43,8 +43,14 @@ FAMILY = {
         "algorithm.kl_coefficient=0.1",
     ),
     "frozen": ("base", "grpo", "reference={kind: frozen, path: the model}", "algorithm.kl_coefficient=0.1"),
-    "moe": ("moe", "grpo", "optimizer.warmup_steps=2"),
-    "mixtral": ("mixtral", "grpo"),
+    "moe": ("moe", "grpo", "optimizer.warmup_steps=2", "policy.router_aux_coefficient=1"),
+    "mixtral": (
+        "mixtral",
+        "grpo",
+        "policy.router_aux_coefficient=1",
+        "policy.router_replay=true",
+        "rollout.record_experts=true",
+    ),
     "ppo": (
         "base",
         "ppo",
@@ -73,6 +79,9 @@ def stored_rollouts():
                     finish_reason="stop",
                     text="",
                     policy_version=0,
+                    routed_experts=torch.tensor(
+                        [[draw.sample(range(4), 2) for _ in range(2)] for _ in range(len(tokens) + length - 1)]
+                    ),
                 )
             )
             value = None if (g, s) == (4, 1) else 1.0 if g == 2 else float(draw.random() < 0.5)
@@ -93,7 +102,8 @@ def build(recipe, model, *overrides):
         [
             f"rollout.prompts_per_batch={GROUPS}", f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_new_tokens=30", "rollout.max_prompt_tokens=40",
             "training.minibatches_per_batch=1", "training.passes_per_batch=2", "training.tokens_per_micro_batch=80", "optimizer.warmup_steps=0",
-            "rewards=[{name: correctness}]", "guards.max_kl_sampler=1e9", *overrides,
+            "rewards=[{name: correctness}]", "guards.max_kl_sampler=1e9", "guards.max_router_disagreement=1",
+            *overrides,
         ],
     )  # fmt: skip
     accelerator = start(config.seed)

@@ -45,6 +45,8 @@ class RolloutEngine(Protocol):
     """Optimizer steps the engine's weights have seen."""
     lora: Lora | None
     """The adapter it applies to weights that stay as they are, or None: then all weights are replaced."""
+    checkpoint_names: bool
+    """Whether `load_weights` takes weights as the model's files have them, not as transformers' modules do; for mixtures they differ."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
         """`samples_per_prompt` completions of each prompt, those of one prompt next to each other.
@@ -124,11 +126,24 @@ def build_engine(
         assert isinstance(config, OnlineRollout)
         assert run_folder is not None
         return VLLMServerEngine(config, run_folder, stop_token_id=stop_token_id, decode=decode)
+    record_experts = isinstance(config, OnlineRollout) and config.record_experts
     adapter = lora if lora is not None and lora.sync == "adapter" else None
     if choose_engine(config.engine) == "vllm":
         from rlhf.rollout.vllm_colocate import VLLMEngine
 
-        return VLLMEngine(config, path, revision=revision, stop_token_id=stop_token_id, decode=decode, lora=adapter)
+        return VLLMEngine(
+            config,
+            path,
+            revision=revision,
+            stop_token_id=stop_token_id,
+            decode=decode,
+            lora=adapter,
+            record_experts=record_experts,
+        )
+    if record_experts:
+        raise ValueError(
+            "rollout.record_experts is set and the transformers engine does not say which experts it used; set rollout.engine to vllm or remove it"
+        )
     from rlhf.rollout.transformers import TransformersEngine
 
     return TransformersEngine(config, path, revision=revision, stop_token_id=stop_token_id, decode=decode, lora=adapter)

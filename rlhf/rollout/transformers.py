@@ -23,6 +23,7 @@ MAX_SEQUENCES = 256
 
 class TransformersEngine:
     name = "transformers"
+    checkpoint_names = False
 
     def __init__(
         self,

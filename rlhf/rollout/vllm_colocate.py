@@ -21,12 +21,14 @@ from rlhf.config import Lora
 from rlhf.config import Rollout as RolloutConfig
 from rlhf.lora import peft_config, write_adapter
 from rlhf.rollout.engine import Decode, Sampling
-from rlhf.rollout.vllm_worker import repack_head
+from rlhf.rollout.vllm_experts import ExpertRecorder, engine_arguments
+from rlhf.rollout.vllm_worker import repack
 from rlhf.types import FinishReason, Prompt, Rollout
 
 
 class VLLMEngine:
     name = "vllm"
+    checkpoint_names = True
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class VLLMEngine:
         stop_token_id: int,
         decode: Decode,
         lora: Lora | None = None,
+        record_experts: bool = False,
     ) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gb))))
         from vllm import LLM
@@ -52,6 +55,8 @@ class VLLMEngine:
             placement["distributed_executor_backend"] = "external_launcher"
         if lora is not None:
             placement |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _served_rank(lora.rank)}
+        if record_experts:
+            placement |= engine_arguments()
         self._llm = LLM(
             path,
             revision=revision,
@@ -67,6 +72,7 @@ class VLLMEngine:
         )
         torch.set_num_threads(num_threads)  # vLLM binds OpenMP threads for itself; the trainer shares the process
         self._stop_token_id, self._decode = stop_token_id, decode
+        self._experts = ExpertRecorder(self._llm) if record_experts else None
         self.policy_version = 0
         self.lora, self._adapter, self._num_adapters = lora, None, 0
         memory = "/dev/shm"  # noqa: S108 - an adapter is handed over as files, which need not reach a disk
@@ -84,6 +90,8 @@ class VLLMEngine:
             stop_token_ids=[self._stop_token_id],
             detokenize=False,
         )
+        if self._experts is not None:
+            self._experts.start()
         # One seed for the whole call: a seed per request makes vLLM sample row by row in Python.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -94,14 +102,17 @@ class VLLMEngine:
                 lora_request=self._adapter,
             )
         return [
-            self._rollout(prompt, sample)
+            self._rollout(prompt, output, sample)
             for prompt, output in zip(prompts, outputs, strict=True)
             for sample in output.outputs
         ]
 
-    def _rollout(self, prompt: Prompt, sample: Any) -> Rollout:
+    def _rollout(self, prompt: Prompt, output: Any, sample: Any) -> Rollout:
         finish: FinishReason = "stop" if sample.finish_reason == "stop" else "length"
         token_ids = tuple(sample.token_ids)
+        experts = None
+        if self._experts is not None:
+            experts = self._experts.of(output, sample, num_tokens=len(prompt.token_ids) + len(token_ids) - 1)
         return Rollout(
             prompt=prompt,
             token_ids=token_ids,
@@ -109,6 +120,7 @@ class VLLMEngine:
             finish_reason=finish,
             text=self._decode(token_ids),
             policy_version=self.policy_version,
+            routed_experts=experts,
         )
 
     def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[list[float]]:
@@ -127,7 +139,7 @@ class VLLMEngine:
         self._llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": iter(named_tensors), "is_checkpoint_format": True}
         )
-        self._llm.apply_model(repack_head)
+        self._llm.apply_model(repack)
         self._llm.reset_prefix_cache()
         self.policy_version = policy_version
 

@@ -41,6 +41,7 @@ class VLLMServerEngine:
 
     name = "vllm server"
     lora: Lora | None = None
+    checkpoint_names = True
 
     def __init__(self, config: OnlineRollout, run_folder: Path, *, stop_token_id: int, decode: Decode) -> None:
         assert config.server is not None

@@ -9,6 +9,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from rlhf.rollout.vllm_experts import cpu_experts, mixtures
+
 
 class FolderReceiver:
     """A mixin for vLLM's worker."""
@@ -18,7 +20,7 @@ class FolderReceiver:
     def load_folder(self, folder: str) -> str:
         """Replace all weights by those of a folder's safetensors files, one tensor at a time."""
         self.model_runner.reload_weights(weights_iterator=_tensors(Path(folder)), is_checkpoint_format=True)
-        repack_head(self.model_runner.get_model())
+        repack(self.model_runner.get_model())
         return "loaded"
 
 
@@ -29,10 +31,15 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-def repack_head(model: nn.Module) -> None:
-    """Refresh the packed copy of a tied output head, which vLLM's reload on CPUs leaves at the old weights without a word."""
+def repack(model: nn.Module) -> None:
+    """Refresh what vLLM on CPUs packs when it starts, and its reload leaves as it is without a word: a tied output head, which keeps its old
+    weights, and experts, which are new and not packed, and then read as if they were."""
     head = getattr(model, "lm_head", None)
     if head is not None and hasattr(head, "cpu_linear"):
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+    for module in mixtures(model):
+        experts: Any = getattr(getattr(module.routed_experts.quant_method, "moe_kernel", None), "fused_experts", None)
+        if isinstance(experts, cpu_experts()):
+            experts.process_weights_after_loading(module.routed_experts)

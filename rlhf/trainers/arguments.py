@@ -12,7 +12,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from rlhf.checkpoint import MANIFEST, checkpoints, newest_whole, seal, step_of
 from rlhf.config import SFT, RewardModel
-from rlhf.distributed import mark_leaf_modules, require_all_ranks, zero_stage
+from rlhf.distributed import mark_leaf_modules, require_all_ranks, require_whole_experts, zero_stage
 from rlhf.metrics import append_jsonl, truncate_jsonl
 from rlhf.run import num_ranks, say
 
@@ -61,6 +61,8 @@ def last_checkpoint(trainer: Any, output_dir: Path) -> Path | None:
 def run_trainer(trainer: Any, config: SFT | RewardModel) -> None:
     """Train from the newest whole checkpoint, if there is one, on all the ranks that were launched."""
     require_all_ranks(trainer.accelerator)
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    require_whole_experts(plugin.deepspeed_config if plugin is not None else {})
     if zero_stage(trainer.accelerator) == 3:
         mark_leaf_modules(trainer.model)
     trainer.remove_callback(PrinterCallback)

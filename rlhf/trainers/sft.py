@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from rlhf.config import SFT
 from rlhf.lora import adapt, save_model
 from rlhf.models import load_causal_lm
+from rlhf.routing import find_routers
 from rlhf.run import say
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 
@@ -102,19 +103,28 @@ def train(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    folder = Path(config.output_dir)
+    from rlhf.trainers.balanced_sft import BalancedSFTTrainer
+
+    folder, coefficient = Path(config.output_dir), config.model.router_aux_coefficient
     model = load_causal_lm(config.model.path, revision=config.model.revision, dtype=config.model.dtype)
+    routers = find_routers(model, needed_by="model.router_aux_coefficient" if coefficient > 0 else None)
     set_seed(config.seed)  # adapters are drawn, the same on every rank
     adapt(model, config.model)
     model.config.use_cache = False  # with a cache, transformers would not look for packed conversations
-    trainer = SFTTrainer(
+    declared = getattr(model.config, "router_aux_loss_coef", None)
+    parts: dict[str, Any] = dict(
         model=model,
         data_collator=PackingCollator(pad_token_id),
-        args=SFTConfig(**trainer_arguments(config), max_length=None, packing=False),
+        # TRL would add its own auxiliary loss, by the model's config
+        args=SFTConfig(**trainer_arguments(config), max_length=None, packing=False, router_aux_loss_coef=0.0),
         train_dataset=Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in examples]),
         processing_class=tokenizer,
         callbacks=[LogLines(folder / "metrics.jsonl")],
     )
+    if routers is None:
+        trainer = SFTTrainer(**parts)
+    else:
+        trainer = BalancedSFTTrainer(**parts, routers=routers, coefficient=coefficient, ignored=IGNORED)
     first = next(iter(trainer.get_train_dataloader()))
     share = require_trained_stop_token(first, stop_token_id=examples[0].response_ids[-1], pad_token_id=pad_token_id)
     say(f"{share:.0%} of the tokens are trained on, stop token included")
@@ -122,6 +132,8 @@ def train(
     # Not the trainer's save_model, which adds a pickle of the training arguments.
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     trained.config.use_cache = True
+    if declared is not None:
+        trained.config.router_aux_loss_coef = declared
     save_model(trained, folder, write=trainer.accelerator.is_main_process)
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(folder)

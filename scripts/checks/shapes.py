@@ -5,6 +5,7 @@ from __future__ import annotations
 from checks.findings import Context, Report, model_source
 from rlhf.config import PPO, SFT, Config, Online, RewardModel
 from rlhf.footprint import Sharding, Trained, optimizer, trained_of, weights
+from rlhf.models import qwen3_config
 from rlhf.shapes import ModelShape, find_config, read_shape, shape_of
 
 
@@ -29,12 +30,7 @@ def trained_models(report: Report, config: Config, context: Context) -> dict[str
 def _shape(report: Report, role: str, path: str, context: Context) -> ModelShape | None:
     file = find_config(path)
     if file is None and (source := model_source(context, path)) is not None:
-        a = source.architecture
-        return shape_of({
-            "model_type": "qwen3", "vocab_size": source.vocab_size, "hidden_size": a.hidden_size, "intermediate_size": a.intermediate_size,
-            "num_hidden_layers": a.num_layers, "num_attention_heads": a.num_heads, "num_key_value_heads": a.num_kv_heads,
-            "head_dim": a.head_dim, "tie_word_embeddings": True,
-        })  # fmt: skip
+        return shape_of(qwen3_config(source.architecture, vocab_size=source.vocab_size).to_dict())
     if file is None:
         return None
     try:
@@ -48,6 +44,25 @@ def checkpoint_sizes(trained: dict[str, Trained]) -> dict[str, tuple[int, int]]:
     """Role to (bytes of weights, bytes of optimizer) in a checkpoint: all ranks' shards together are the whole."""
     whole = Sharding()
     return {role: (int(weights(model, whole, 1)), int(optimizer(model, whole, 1))) for role, model in trained.items()}
+
+
+def check_routers(report: Report, config: Config, trained: dict[str, Trained]) -> None:
+    """Keys that are about the routers of a mixture, of a model that has none."""
+    if isinstance(config, SFT):
+        role, asked = "model", {"model.router_aux_coefficient": config.model.router_aux_coefficient}
+    elif isinstance(config, Online):
+        role, asked = "policy", {
+            "policy.router_aux_coefficient": config.policy.router_aux_coefficient,
+            "policy.router_replay": config.policy.router_replay,
+            "rollout.record_experts": config.rollout.record_experts,
+        }  # fmt: skip
+    else:
+        return
+    keys = ", ".join(key for key, value in asked.items() if value)
+    if keys and role in trained and not trained[role].shape.num_moe_layers:
+        report.add(
+            "error", "routers", f"{keys} is set and a {trained[role].shape.model_type} model has no router; remove it"
+        )
 
 
 def check_leaves(report: Report, trained: dict[str, Trained]) -> None:

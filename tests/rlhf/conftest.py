@@ -18,18 +18,18 @@ from rlhf.weight_sync import Probe
 
 @pytest.fixture
 def make_trainer(model_folder, renderer, demonstrations, tmp_path):
-    def make(*overrides, folder="run", reward_fn=None, recipe=config, engine=None):
+    def make(*overrides, folder="run", reward_fn=None, recipe=config, engine=None, model=model_folder):
         cfg = recipe(*overrides)
         prompts = [renderer.prompt(d.id, d.question, d.answer) for d in demonstrations[:10]]
         engine = engine or build_engine(
             cfg.rollout,
-            model_folder,
+            model,
             stop_token_id=renderer.stop_token_id,
             decode=renderer.decode,
             lora=cfg.policy.lora,
         )
         (tmp_path / folder).mkdir(exist_ok=True)
-        policy = load_causal_lm(model_folder, revision=None, dtype="float32")
+        policy = load_causal_lm(model, revision=None, dtype="float32")
         if cfg.policy.lora:
             torch.manual_seed(0)
             adapt(policy, cfg.policy)

@@ -139,7 +139,7 @@ def logprobs_and_gradients(model, *, shared, precision=None):
     scorer = Scorer(model, share_prompts=shared)
     model.zero_grad()
     with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
-        logprobs, _ = scorer(pack, 0.8)
+        logprobs = scorer(pack, 0.8).logprobs
     parts = dict(zip(pack.kept, logprobs.split([len(ROLLOUTS[i].token_ids) for i in pack.kept]), strict=True))
     sum(WEIGHTS[i] * part.sum() for i, part in parts.items()).backward()
     found = torch.cat([parts[i].detach() for i in rows])

@@ -39,6 +39,7 @@ def grpo(*overrides):
         ("rewards=[{name: format}]", "rewards has no correctness component"),
         ("rewards=[{name: correctness}, {name: correctness}]", "the same component twice"),
         ("rewards=[{name: reward_model}]", "path"),
+        ("policy.router_replay=true", "rollout.record_experts is not, so there would be nothing to replay; set it"),
         ("rollout.engine=server", "there is no rollout.server; give both (server: {} starts one here) or neither"),
         ("rollout.server={}", "rollout.engine is auto and rollout.server is set, which nothing would read"),
         ("rollout={engine: server, server: {replicas: 2, devices: ['0']}}", "devices names 1 sets and replicas is 2"),
@@ -67,6 +68,20 @@ def test_rollouts_of_an_older_policy_must_be_corrected_for():
         "off policy by up to 1 steps, corrected by the clipped ratio; sampled while the batch before is trained on, 2 steps older, corrected by "
         "algorithm.sampler_correction"
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("tiny", "num_experts=4", "intermediate_size is 384, of a plain model, and num_experts of a mixture are set"),
+        ("tiny", "intermediate_size=0", "set the latter for a plain model, the others for a mixture"),
+        ("moe", "expert_intermediate_size=0", "expert_intermediate_size and intermediate_size are not set"),
+        ("moe", "experts_per_token=9", "experts_per_token is 9, more than num_experts 8"),
+    ],
+)
+def test_an_architecture_is_a_plain_model_or_a_whole_mixture(recipe, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(ROOT / f"recipes/{recipe}/build_model.yaml", [f"architecture.{override}"])
 
 
 def test_small_numbers_in_scientific_notation_are_numbers():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.distributed import mark_leaf_modules, stepping_optimizer
+from rlhf.distributed import mark_leaf_modules, require_whole_experts, stepping_optimizer
 
 
 def model_of(kind, **changes):
@@ -44,6 +44,13 @@ def test_experts_that_are_not_found_are_refused():
         layer.mlp = nn.Identity()
     with pytest.raises(ValueError, match=r"'num_local_experts': 8.*zero_stage 2"):
         mark_leaf_modules(model)
+
+
+def test_expert_parallelism_is_refused_and_other_configurations_are_not():
+    require_whole_experts({})
+    require_whole_experts({"zero_optimization": {"stage": 3}, "expert_parallel": {"enabled": False}})
+    with pytest.raises(ValueError, match=r"expert_parallel, under which no rank holds the whole model.*zero3.yaml"):
+        require_whole_experts({"expert_parallel": {"enabled": True, "autoep_size": 2}})
 
 
 def test_the_innermost_optimizer_is_the_one_whose_learning_rate_counts():

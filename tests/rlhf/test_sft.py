@@ -1,5 +1,6 @@
 """Packing changes nothing but the time, and the guards of supervised fine-tuning."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from data.chat import render_response
 from rlhf.config import load_config
+from rlhf.metrics import read_jsonl
 from rlhf.models import load_causal_lm
 from rlhf.trainers.sft import IGNORED, Example, PackingCollator, require_trained_stop_token, train
 
@@ -124,3 +126,44 @@ def test_a_step_of_sft_with_accumulation_equals_one_without(examples, renderer, 
         torch.testing.assert_close(weights[2][name], tensor, atol=2e-5, rtol=0)
     assert any((weights[8][n] - start[n]).abs().max() > 1e-4 for n in start)
     assert not list(tmp_path.glob("*/*.bin"))
+
+
+def balance_by_hand(folder, examples):
+    """Mean over layers of 8 sum_e f_e P_e over the trained tokens, by a loop over conversations."""
+    model = load_causal_lm(folder, revision=None, dtype="float32")
+    logits = []
+    with torch.no_grad():
+        for example in examples:
+            output = model(input_ids=torch.tensor([example.input_ids]), output_router_logits=True)
+            logits.append(torch.stack([layer[len(example.prompt_ids) - 1 : -1] for layer in output.router_logits]))
+    logits = torch.cat(logits, 1)
+    chosen = torch.nn.functional.one_hot(logits.topk(2).indices, 8).sum(2).float()
+    return (8 * (chosen.mean(1) * logits.softmax(-1).mean(1)).sum(1)).mean().item()
+
+
+def test_the_balance_loss_of_a_mixture_is_that_of_the_whole_step_however_it_is_cut(
+    examples, renderer, mixture_folder, tmp_path
+):
+    rows, weights = {}, {}
+    for micro, coefficient in ((8, 1.0), (2, 1.0), (8, 0.0)):
+        folder = tmp_path / f"{micro}-{coefficient}"
+        overrides = [
+            f"output_dir={folder}", f"model.path={mixture_folder}", "training.num_steps=2", "training.sequences_per_step=8", "training.log_every=1",
+            f"training.micro_batch_size={micro}", "optimizer.warmup_steps=0", "optimizer.learning_rate=0.0001", "optimizer.schedule=constant",
+            f"model.router_aux_coefficient={coefficient}",
+        ]  # fmt: skip
+        folder.mkdir()
+        train(load_config(RECIPE, overrides), renderer.tokenizer, examples[:8], pad_token_id=renderer.pad_token_id)
+        rows[micro, coefficient] = read_jsonl(folder / "metrics.jsonl")
+        weights[micro, coefficient] = load_file(folder / "model.safetensors")
+    whole, cut, without = (rows[key] for key in ((8, 1.0), (2, 1.0), (8, 0.0)))
+    assert whole[0]["moe/balance_loss"] == pytest.approx(balance_by_hand(mixture_folder, examples[:8]), rel=1e-5)
+    for row, other in zip(whole, cut, strict=True):
+        for key in ("grad_norm", "moe/balance_loss", "moe/load", "moe/router_entropy"):
+            assert other[key] == pytest.approx(row[key], rel=1e-4), key
+    for name, tensor in weights[8, 1.0].items():
+        torch.testing.assert_close(weights[2, 1.0][name], tensor, atol=2e-5, rtol=0)
+    assert abs(without[0]["grad_norm"] - whole[0]["grad_norm"]) > 1e-3
+    assert "moe/balance_loss" not in without[0]
+    assert without[0]["moe/load"] == whole[0]["moe/load"]
+    assert json.loads((tmp_path / "8-1.0/config.json").read_text())["router_aux_loss_coef"] == 0.001

@@ -148,6 +148,7 @@ def test_an_injected_fault_is_the_one_error(surroundings, findings, fault, name,
         ("rollout.max_new_tokens=3", "reward", "no demonstration fits"),
         ("training.keep_checkpoints=1000000000", "disk", "training.keep_checkpoints"),
         ("rewards=[{name: reward_model, path: model}, {name: correctness}]", "rewards.reward_model.path", "reward_statistics.json"),
+        ("policy.router_aux_coefficient=0.1", "routers", "policy.router_aux_coefficient is set and a qwen3 model has no router"),
         ("rollout.prompts_per_bach=4", "recipe", "did you mean 'prompts_per_batch'"),
     ],
 )  # fmt: skip
