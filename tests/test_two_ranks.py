@@ -130,6 +130,21 @@ def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_fold
 
 
 @pytest.mark.slow
+def test_zero_3_on_two_ranks_trains_while_a_server_samples_for_both(model_folder, records, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rows, _ = grpo(
+        "pieces", model_folder, records, tmp_path / "run", "rollout.engine=server", f"rollout.server={{first_port: {port}}}",
+        "training.max_staleness=1", "algorithm.sampler_correction=truncate", "training.num_batches=3", "rollout.refill_rounds=1",
+    )  # fmt: skip
+    assert [row["rollout/age"] for row in rows] == [0, 2, 2]
+    for row in rows:
+        assert row["sync/error"] < 1e-4
+        assert row["rollout/length"] > 1
+
+
+@pytest.mark.slow
 def test_an_odd_number_of_micro_batches_on_one_rank_does_not_dead_lock(model_folder, records, tmp_path):
     # two or three sequences per micro-batch: the ranks need different numbers of passes
     rows, _ = grpo(
