@@ -192,8 +192,7 @@ def faults_as_sentences() -> Iterator[None]:
 def quiet_libraries() -> None:
     """Log warnings of ours, and none that are no news."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    # tied weights saved once; no Triton on a CPU; no kernels from the hub
-    for no_news in ("accelerate.utils.other", "torch._library.triton", "bitsandbytes.backends.cpu.ops"):
+    for no_news in ("accelerate.utils.other", "torch._library.triton"):  # tied weights saved once; no Triton on a CPU
         logging.getLogger(no_news).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 

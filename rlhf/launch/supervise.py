@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.launch.host import ANSWER, GRACE, fingerprint
-from rlhf.launch.layout import Host, Launch
+from rlhf.launch.layout import Host, Launch, reach
 
 USER_FAULT = 2
 LOST = 255
@@ -97,7 +98,9 @@ def _ask(launch: Launch, indices: Sequence[int], nonce: str) -> list[dict[str, A
 def faults_of(launch: Launch, host: Host, answer: Mapping[str, Any], here: Mapping[str, str]) -> list[str]:
     """What makes a host unfit, a sentence each."""
     if "unreachable" in answer:
-        return [f"host {host.name} cannot be used: {answer['unreachable']}; try {launch.ssh} {host.name} by hand"]
+        return [
+            f"host {host.name} cannot be used: {answer['unreachable']}; try {shlex.join(reach(launch.ssh, host, 'true'))} by hand"
+        ]
     if "error" in answer:
         return [f"host {host.name}: {answer['error']}"]
     faults = [

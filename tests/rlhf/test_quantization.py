@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from online_helpers import config
 from peft import PeftModel
 from safetensors import safe_open
@@ -15,6 +16,11 @@ from test_lora import RECIPES, batch, logits, shake
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from checks.environment import check_quantization
+from checks.findings import Context, Report
 
 from data.chat import render_response
 from rlhf import footprint
@@ -256,13 +262,18 @@ def test_zero_3_is_refused_before_anything_is_quantised(model_folder, monkeypatc
 
 
 def test_the_launcher_and_the_check_refuse_zero_3_before_any_host_is_asked():
-    for command in (["launch.py", "--hosts=a,b", "--dry-run"], ["check.py"]):
-        done = subprocess.run(
-            [sys.executable, f"scripts/{command[0]}", *command[1:], "recipes/gsm8k/grpo_qlora.yaml", "--accelerate", "recipes/accelerate/multi_node.yaml"],
-            cwd=RECIPES.parents[1], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == (2 if command[0] == "launch.py" else 1)
-        assert "zero_stage 3, which would cut packed weights off from their scales" in done.stdout + done.stderr
+    root = RECIPES.parents[1]
+    recipe, accelerate = "recipes/gsm8k/grpo_qlora.yaml", "recipes/accelerate/multi_node.yaml"
+    launched = subprocess.run(
+        [sys.executable, "scripts/launch.py", recipe, "--hosts=a,b", "--accelerate", accelerate, "--dry-run"],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    report = Report(show=lambda line: None)
+    settings = yaml.safe_load((root / accelerate).read_text())
+    check_quantization(report, load_config(root / recipe), Context(accelerate=settings))
+    assert (launched.returncode, report.failed) == (2, True)
+    for text in (launched.stderr, report.findings[0].text):
+        assert "zero_stage 3, which would cut packed weights off from their scales" in text
 
 
 def test_the_plan_counts_the_bytes_that_the_model_takes(policy, model_folder):
