@@ -10,7 +10,9 @@ import psutil
 import pytest
 from online_helpers import config
 
+from rlhf.config import to_yaml
 from rlhf.rollout.serving import cores_of, require_free_port, serve_command, serve_environment
+from rlhf.run import RECIPE, check_output_dir
 
 KEEPER = "import sys; from rlhf.rollout.serving import keep_up; sys.exit(keep_up(sys.argv[1:], None, parent=None))"
 
@@ -87,3 +89,16 @@ def test_a_server_ends_with_the_process_that_wanted_it_even_when_that_is_killed(
     process.wait()
     psutil.wait_procs(found, timeout=20)
     assert not found[0].is_running() or found[0].status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_goes_on_with_servers_elsewhere_but_not_with_other_settings(tmp_path):
+    def recipe(server):
+        return config("rollout.engine=server", f"rollout.server={server}", f"output_dir={tmp_path}", "training.max_staleness=1", "algorithm.sampler_correction=mask")  # fmt: skip
+
+    (tmp_path / RECIPE).write_text(to_yaml(recipe("{urls: ['http://a:8400'], patience_seconds: 5}")))
+    check_output_dir(recipe("{urls: ['http://b:8400', 'http://c:1']}"))
+    check_output_dir(recipe("{replicas: 2, devices: ['0', '1']}"))
+    with pytest.raises(
+        ValueError, match=r"another run \(rollout.server.update_in_flight is False there and True here\)"
+    ):
+        check_output_dir(recipe("{update_in_flight: true}"))
