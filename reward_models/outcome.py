@@ -79,11 +79,13 @@ class OutcomeModel:
         scores = torch.empty(len(sequences))
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        idle = 0
+        if self._sharded_over is not None:  # the other ranks cannot gather a layer without this one
+            idle = global_max(self._sharded_over, len(chunks)) - len(chunks)
         for rows in chunks:
             scores[rows] = self._forward([sequences[i] for i in rows])
-        if self._sharded_over is not None:  # the other ranks cannot gather a layer without this one
-            for _ in range(global_max(self._sharded_over, len(chunks)) - len(chunks)):
-                self._forward([[self._pad_token_id]])
+        for _ in range(idle):
+            self._forward([[self._pad_token_id]])
         return scores
 
     def _forward(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
