@@ -15,7 +15,7 @@ demo: install  ## Teach a small model to reason, start to finish, in about ten m
 	$(BIN)/python scripts/run_pipeline.py --config recipes/tiny/pipeline.yaml
 
 test: install lint  ## Everything CI runs
-	$(BIN)/pytest
+	$(BIN)/python tests/lanes.py
 
 quick: install  ## The tests that take seconds
 	$(BIN)/pytest -m "not slow"

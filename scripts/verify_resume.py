@@ -7,7 +7,7 @@
 `job`: each kill is a trial of its own, SIGKILL to all processes of the run, then the same command again until it finishes. Every second kill
 waits for a checkpoint that is being written and comes in the middle of it. `rank`: the same, but one rank is killed and the launcher has
 to end the others. `grader`: workers of the grader are killed during one run, which has to go on by itself; every second kill waits for one
-that is at work. The exit code is 0 when every trial went on from a checkpoint, if it had one, and ended as the run left alone, 1 when one
+that is at work. `server`: the same with the vLLM servers of a recipe that samples on them, and their engines. The exit code is 0 when every trial went on from a checkpoint, if it had one, and ended as the run left alone, 1 when one
 did not, 2 when a run failed. Equality to the last bit holds on one CPU rank, and on two.
 """
 
@@ -136,8 +136,17 @@ def graders(leader: psutil.Process) -> list[psutil.Process]:
     ]
 
 
-VICTIMS = {"job": job, "rank": ranks, "grader": graders}
-DISPENSABLE = ("grader",)
+def servers(leader: psutil.Process) -> list[psutil.Process]:
+    """The vLLM servers that the run started, and their engines."""
+    return [
+        process
+        for process in leader.children(recursive=True)
+        if process.name().startswith("VLLM::") or "vllm.entrypoints.openai.api_server" in process.cmdline()
+    ]
+
+
+VICTIMS = {"job": job, "rank": ranks, "grader": graders, "server": servers}
+DISPENSABLE = ("grader", "server")
 """Victims whose loss a run survives by itself."""
 
 

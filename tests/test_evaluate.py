@@ -298,7 +298,7 @@ def test_power_is_printed_without_any_run(script, capsys):
 @pytest.mark.slow
 def test_an_evaluation_killed_between_chunks_ends_with_the_samples_of_an_uninterrupted_one(folder, model_folder):
     whole, killed = (recipe(folder, name, model_folder) for name in ("whole", "killed"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def command(path):
         return [sys.executable, "scripts/evaluate.py", "--config", str(path)]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared/data/gsm8k"
 
 
-def run_pipeline(tmp_path, recipe, output_root, overrides, threads=2):
+def run_pipeline(tmp_path, recipe, output_root, overrides, threads=1):
     """summary.json of a pipeline whose outputs all go under tmp_path, and what it printed."""
     pipeline = yaml.safe_load((ROOT / recipe).read_text())
     moved = [f"{output_root}/", f"{tmp_path}/"]
@@ -75,7 +75,7 @@ def test_the_demo_in_small_goes_through_every_stage_and_twice_to_the_same_number
 
     def run(name):
         (tmp_path / name).mkdir()
-        return run_pipeline(tmp_path / name, "recipes/tiny/pipeline.yaml", "outputs/demo", overrides, threads=1)
+        return run_pipeline(tmp_path / name, "recipes/tiny/pipeline.yaml", "outputs/demo", overrides)
 
     with ThreadPoolExecutor(2) as both:  # most of a small stage is its imports, which take one core
         runs = list(both.map(run, ("first", "second")))
