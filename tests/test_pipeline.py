@@ -113,7 +113,7 @@ def test_a_mixture_of_experts_goes_through_every_stage(tmp_path):
     for row in map(json.loads, (tmp_path / "sft/metrics.jsonl").read_text().splitlines()):
         assert 2 <= row["moe/balance_loss"] < 8
     built = json.loads((tmp_path / "grpo/config.json").read_text())
-    assert (built["model_type"], built["num_experts"], built["num_experts_per_tok"]) == ("qwen3_moe", 8, 2)
+    assert (built["model_type"], built["num_local_experts"], built["num_experts_per_tok"]) == ("qwen3_moe", 8, 2)
 
 
 @pytest.mark.slow
