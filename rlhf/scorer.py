@@ -54,14 +54,22 @@ class Scorer(nn.Module):
         share_prompts: whether batches are packed rows with a layout.
         replay_experts: a mixture's tokens go to the sampler's experts, with the weights of the model's own routers
             (https://arxiv.org/abs/2510.11370).
+        balances_experts: whether the routers' probabilities are part of the loss, and keep their gradient.
         routers_needed_by: key of the recipe that is about routers, if one is.
     """
 
     def __init__(
-        self, model: Any, *, share_prompts: bool, replay_experts: bool = False, routers_needed_by: str | None = None
+        self,
+        model: Any,
+        *,
+        share_prompts: bool,
+        replay_experts: bool = False,
+        balances_experts: bool = False,
+        routers_needed_by: str | None = None,
     ) -> None:
         super().__init__()
         self.model, self.plain_head, self.share_prompts = model, has_plain_head(model), share_prompts
+        self._balances_experts = balances_experts
         self.replay_experts, self.routers = replay_experts, find_routers(model, needed_by=routers_needed_by)
         model.set_attn_implementation(NAME if share_prompts else "sdpa")
 
@@ -75,7 +83,8 @@ class Scorer(nn.Module):
             return Scored(*self._score(batch, temperature, expected), None)
         with self.routers.listening(batch.routed_experts if self.replay_experts else None) as routing:
             logprobs, entropies = self._score(batch, temperature, expected)
-        return Scored(logprobs, entropies, routing.at(batch.scored, batch.routed_experts))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._balances_experts):
+            return Scored(logprobs, entropies, routing.at(batch.scored, batch.routed_experts))
 
     def _score(self, batch: Batch, temperature: float, expected: Tensor | None) -> tuple[Tensor, Tensor]:
         output = run(self.model.base_model if self.plain_head else self.model, batch)

@@ -118,6 +118,7 @@ class Updater:
             policy,
             share_prompts=self.shares_prompts,
             replay_experts=config.policy.router_replay,
+            balances_experts=config.policy.router_aux_coefficient > 0,
             routers_needed_by=next((f"policy.{key}" for key, value in needs_routers.items() if value), None),
         ).train(policy.training)
         self.reference: ReferencePolicy | None = None

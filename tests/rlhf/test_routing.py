@@ -146,7 +146,7 @@ def _others(experts):
 
 def test_recomputing_activations_takes_the_replayed_experts_again(mixture):
     batch, gradients = batches(rollouts(scattered))["shared"], []
-    scorer = Scorer(mixture, share_prompts=True, replay_experts=True)
+    scorer = Scorer(mixture, share_prompts=True, replay_experts=True, balances_experts=True)
     for checkpointing in (False, True):
         if checkpointing:
             mixture.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
