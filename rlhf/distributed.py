@@ -260,6 +260,12 @@ def mark_leaf_modules(model: nn.Module) -> list[str]:
     return list(blocks)
 
 
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """What accelerate fills in only when it prepares a model that is trained; DeepSpeed's defaults do for one that is not."""
+    kept = {key: value for key, value in config.items() if value != "auto"}
+    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
 def place_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """A module that is only run: on this rank's device, and under ZeRO-3 sharded over the ranks."""
     plugin = accelerator.state.deepspeed_plugin
@@ -268,7 +274,7 @@ def place_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     import deepspeed
 
     mark_leaf_modules(module)
-    config = copy.deepcopy(plugin.deepspeed_config)
+    config = _without_auto(copy.deepcopy(plugin.deepspeed_config))
     config.pop("optimizer", None)
     config["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(model=module, config=config)
