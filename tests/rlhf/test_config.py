@@ -63,6 +63,9 @@ def test_rollouts_of_an_older_policy_must_be_corrected_for():
     servers = ("rollout.engine=server", "rollout.server={}", "training.max_staleness=1")
     with pytest.raises(ValueError, match="sampler_correction is none: rollouts of an older policy"):
         grpo(*servers)
+    judge = "rewards=[{name: correctness}, {name: reward_model, path: x, placement: sharded}]"
+    with pytest.raises(ValueError, match="its ranks score together, which would collide with training"):
+        grpo(*servers, "algorithm.sampler_correction=truncate", judge)
     config = grpo(*servers, "algorithm.sampler_correction=truncate")
     assert dict(batch_arithmetic(config, 1))["data is"] == (
         "off policy by up to 1 steps, corrected by the clipped ratio; sampled while the batch before is trained on, 2 steps older, corrected by "
