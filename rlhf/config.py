@@ -804,6 +804,12 @@ class Online(Section):
                 f"training.max_staleness is {self.training.max_staleness} and algorithm.sampler_correction is none: rollouts of an older policy would be "
                 "trained on as if they were its own; set it to truncate or mask"
             )
+        sharded = [r for r in self.rewards if isinstance(r, RewardModelReward) and r.placement == "sharded"]
+        if self.training.max_staleness > 0 and sharded:
+            raise ValueError(
+                f"training.max_staleness is {self.training.max_staleness} and rewards.reward_model.placement is sharded: its ranks score together, which "
+                "would collide with training; set it to whole"
+            )
         if (
             self.rollout.server is not None
             and self.rollout.server.update_in_flight
