@@ -102,7 +102,7 @@ def test_whatever_moved_the_engine_answers_as_the_new_weights(sync, policy, name
 
 def test_experts_that_are_not_packed_again_are_caught(sync, policy, monkeypatch):
     """What vLLM's reload does by itself on a CPU."""
-    monkeypatch.setattr(vllm_colocate, "_repack", lambda model: None)
+    monkeypatch.setattr(vllm_colocate, "repack", lambda model: None)
     perturb(policy, 0.05)
     with pytest.raises(RuntimeError, match="stale rollout weights"):
         sync.push(policy_version=1)
