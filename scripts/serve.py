@@ -35,7 +35,8 @@ def main() -> int:
         command = serve_command(config, host=arguments.host, port=arguments.port)
         confine(arguments.devices)
         parent = os.getppid() if arguments.die_with_parent else None
-        return keep_up(command, serve_environment(config, devices=arguments.devices), parent=parent)
+        environment = serve_environment(config, devices=arguments.devices)
+        return keep_up(command, environment, url=f"http://{arguments.host}:{arguments.port}", parent=parent)
 
 
 if __name__ == "__main__":

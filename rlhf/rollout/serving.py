@@ -12,13 +12,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import httpx2
 import psutil
 
 from rlhf.config import Online
 
 ROOT = Path(__file__).parents[2]
-HOPELESS = 3
-"""Starts in a row that end before the server answered."""
+HOPELESS = 4
+"""Starts in a row that end by themselves before the server has answered once."""
 
 
 def serve_command(config: Online, *, host: str, port: int) -> list[str]:
@@ -119,7 +120,7 @@ def require_free_port(host: str, port: int) -> None:
             ) from None
 
 
-def keep_up(command: list[str], environment: dict[str, str], *, parent: int | None) -> int:
+def keep_up(command: list[str], environment: dict[str, str], *, url: str, parent: int | None) -> int:
     """Run a server and start it again when it dies; returns when the process `parent` is gone, or the server cannot be started.
 
     Its descendants become this process's when it dies, and are ended before the next start: an engine left over would hold the memory.
@@ -129,20 +130,28 @@ def keep_up(command: list[str], environment: dict[str, str], *, parent: int | No
     failed_starts = 0
     try:
         while failed_starts < HOPELESS:
-            started = time.monotonic()
             process = subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)  # one thread: safe
+            came_up = False
             while process.poll() is None:
                 if parent is not None and os.getppid() != parent:
                     return 0
+                came_up = came_up or _answers(url)
                 time.sleep(0.2)
             end_descendants()
             print(f"the server ended with code {process.returncode}; it is started again", flush=True)
-            # One that lived a minute had come up.
-            failed_starts = failed_starts + 1 if time.monotonic() - started < 60 else 0
-        print(f"the server ended {HOPELESS} times within a minute of its start; the reason is above", flush=True)
+            killed = process.returncode < 0  # by someone else, not by what it found
+            failed_starts = failed_starts if killed else 0 if came_up else failed_starts + 1
+        print(f"the server ended {HOPELESS} times before it had answered once; the reason is above", flush=True)
         return 1
     finally:
         end_descendants()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx2.get(f"{url}/health", timeout=1, trust_env=False).status_code == 200
+    except httpx2.HTTPError:
+        return False
 
 
 def end_descendants() -> None:

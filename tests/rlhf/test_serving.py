@@ -14,7 +14,8 @@ from rlhf.config import to_yaml
 from rlhf.rollout.serving import cores_of, require_free_port, serve_command, serve_environment
 from rlhf.run import RECIPE, check_output_dir
 
-KEEPER = "import sys; from rlhf.rollout.serving import keep_up; sys.exit(keep_up(sys.argv[1:], None, parent=None))"
+NOWHERE = "http://127.0.0.1:1"
+KEEPER = "import sys; from rlhf.rollout.serving import keep_up; sys.exit(keep_up(sys.argv[2:], None, url=sys.argv[1], parent=None))"
 
 
 def test_the_server_gets_the_recipes_weights_lengths_and_parallelism():
@@ -61,24 +62,41 @@ def test_a_port_in_use_is_named_with_the_key_to_change():
             require_free_port("127.0.0.1", port)
 
 
-def test_a_server_that_cannot_be_started_is_given_up_after_three_times():
-    kept = subprocess.run([sys.executable, "-c", KEEPER, "false"], capture_output=True, text=True, timeout=60)
+def test_a_server_that_cannot_be_started_is_given_up_after_four_times():
+    kept = subprocess.run([sys.executable, "-c", KEEPER, NOWHERE, "false"], capture_output=True, text=True, timeout=60)
     assert kept.returncode == 1
-    assert kept.stdout.count("the server ended with code 1; it is started again") == 3
+    assert kept.stdout.count("the server ended with code 1; it is started again") == 4
+
+
+def test_a_server_that_others_kill_is_started_again_each_time(tmp_path):
+    """SIGKILL six times, then it ends by itself."""
+    count = tmp_path / "count"
+    kill_itself = f"import os, pathlib, sys; c = pathlib.Path({str(count)!r}); n = len(c.read_text()) if c.exists() else 0; c.write_text('x' * (n + 1)); os.kill(os.getpid(), 9) if n < 6 else sys.exit(1)"
+    kept = subprocess.run(
+        [sys.executable, "-c", KEEPER, NOWHERE, sys.executable, "-c", kill_itself],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert kept.stdout.count("ended with code -9") == 6
+    assert kept.stdout.count("ended with code 1") == 4
 
 
 def test_what_a_dead_server_leaves_behind_is_ended_before_it_is_started_again():
     leave_a_child = "import subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True)"
     kept = subprocess.run(
-        [sys.executable, "-c", KEEPER, sys.executable, "-c", leave_a_child], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", KEEPER, NOWHERE, sys.executable, "-c", leave_a_child],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     left = [int(line) for line in kept.stdout.splitlines() if line.isdecimal()]
-    assert len(left) == 3
+    assert len(left) == 4
     assert not [pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_server_ends_with_the_process_that_wanted_it_even_when_that_is_killed(tmp_path):
-    keeper = "import os; from rlhf.rollout.serving import keep_up; keep_up(['sleep', '600'], None, parent={})"
+    keeper = "import os; from rlhf.rollout.serving import keep_up; keep_up(['sleep', '600'], None, url='http://127.0.0.1:1', parent={})"
     wanting = "import subprocess, sys, os, time; subprocess.Popen([sys.executable, '-c', sys.argv[1].format(os.getpid())]); time.sleep(600)"
     process = psutil.Popen([sys.executable, "-c", wanting, keeper])
     deadline = time.monotonic() + 30
