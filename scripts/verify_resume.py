@@ -74,8 +74,11 @@ class Runs:
             ChildProcessError: when it fails.
         """
         if self.start(name).wait() != 0:
-            last = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise ChildProcessError(f"the run {self.folder / name} failed:\n{last}")
+            raise self.failure(name)
+
+    def failure(self, name: str) -> ChildProcessError:
+        last = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
+        return ChildProcessError(f"the run {self.folder / name} failed:\n{last}")
 
 
 @dataclass(frozen=True)
@@ -325,9 +328,9 @@ def verify(arguments: argparse.Namespace) -> int:
     process, alone = runs.start("alone"), folder / "alone"
     wait_until(process, lambda: has_begun(alone))
     begun = time.monotonic()
-    process.wait()
+    if process.wait() != 0:
+        raise runs.failure("alone")
     duration = time.monotonic() - begun
-    runs.finish("alone")  # says so if it failed, else finds it finished
     weights, rows = weights_of(alone), rows_of(alone)
     numbers = sum(tensor.numel() for tensor in weights.values())
     print(

@@ -9,7 +9,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-SECOND = ("tests/test_pipeline.py", "tests/test_stages.py", "tests/scripts", "tests/test_evaluate.py", "tests/data")
+SECOND = (
+    "tests/test_pipeline.py",
+    "tests/test_stages.py",
+    "tests/scripts",
+    "tests/test_evaluate.py",
+    "tests/data",
+    "tests/rlhf/test_openai_server.py",
+)
 """About half of the time, and nothing that runs on two ranks."""
 
 

@@ -289,14 +289,20 @@ def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_ran
 def test_two_ranks_in_bfloat16_pieces_take_the_steps_of_one_in_float32_up_to_rounding(
     models, steps_of_one_rank, tmp_path
 ):
-    """A norm is a sum over all weights, in which roundings of 2^-9 cancel; two steps of AdamW move a weight by 6e-4 at most."""
+    """A norm is a sum over all weights, in which roundings of 2^-9 cancel. Two steps of AdamW move a weight by twice the learning rate at most, in
+    either direction: rounding may turn a step round where the gradient is next to nothing."""
     two = weights_after("pieces_bf16", 2, {name: models[name] for name in ("base", "moe")}, tmp_path / "weights")
     for key, value in two.items():
         if key.endswith("grad_norm") or key.startswith("poisoned"):
             assert value.item() == pytest.approx(steps_of_one_rank[key].item(), rel=0.03), key
         else:
+            learning_rate = 1e-3 if ".critic." in key else 3e-4
             torch.testing.assert_close(
-                value, steps_of_one_rank[key], atol=1.3e-3, rtol=2**-8, msg=lambda m, key=key: f"{key}: {m}"
+                value,
+                steps_of_one_rank[key],
+                atol=4.1 * learning_rate,
+                rtol=2**-8,
+                msg=lambda m, key=key: f"{key}: {m}",
             )
 
 

@@ -121,11 +121,10 @@ TINY = Options(case="gsm8k", against="trl", repeats=1, scale=0.05, settings=("of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "scale"), [("fp32", 0.05), ("bf16", 0.25)]
-)  # rounding in bfloat16 averages out over more tokens
-def test_on_a_tiny_scale_both_sides_do_the_same_work(dtype, scale):
-    figures, failures = run(replace(TINY, dtype=dtype, scale=scale))
+def test_on_a_tiny_scale_both_sides_do_the_same_work():
+    figures, failures = run(
+        replace(TINY, dtype="bf16", scale=0.25)
+    )  # rounding in bfloat16 averages out over more tokens
     assert failures == []
     assert figures["ratio_cpu"] > 1
     assert 0 < figures["share_of_limit"] < 1
