@@ -94,10 +94,15 @@ def finished(config: Config) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent does, even when that one is killed outright."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to end this process when its parent does, even when that one is killed outright.
+
+    A process that takes long to start gives its parent's number: one that died before is not reported.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)

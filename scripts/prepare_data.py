@@ -7,6 +7,7 @@ deduplicate, decontaminate, split and mix any number of sources into parquet fil
 import dataclasses
 import os
 import zlib
+from functools import partial
 
 from data.catalog import SOURCES
 from data.chat import ChatRenderer, render_response
@@ -48,8 +49,8 @@ def prepare_data(config: PrepareData | CurateData, run: Run) -> None:
 def curate(config: CurateData, run: Run) -> None:
     judge = build_judge(config.difficulty, config.seed) if config.difficulty else None
     manifest = prepare(
-        plan_of(config), run.folder, say=say, code=git_revision(), judge=judge, initializer=die_with_parent
-    )
+        plan_of(config), run.folder, say=say, code=git_revision(), judge=judge, initializer=partial(die_with_parent, os.getpid())
+    )  # fmt: skip
     rows = [("rows in", f"{manifest['rows_in']:,}"), ("kept", f"{manifest['kept']:,}")]
     rows += [(f"dropped: {reason}", f"{drop['rows']:,}") for reason, drop in manifest["dropped"].items()]
     for name, found in manifest.get("decontamination", {"benchmarks": {}})["benchmarks"].items():

@@ -275,14 +275,23 @@ def test_the_script_killed_outright_leaves_no_process_behind_and_finishes_when_r
     first.send_signal(signal.SIGKILL)
     first.wait()
     done = markers()
-    time.sleep(1)
     assert done >= 3
+    deadline = time.time() + 60  # a worker that was still starting sees it when it has started
+    while any(alive(pid) for pid in children) and time.time() < deadline:
+        time.sleep(0.1)
     assert not [pid for pid in children if alive(pid)]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "shards were done by an earlier run" in again.stdout
     assert json.loads((tmp_path / "out/manifest.json").read_text())["rows_in"] == 20_000
     third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "holds this very run, finished" in third.stdout
+
+
+def test_a_worker_whose_parent_died_while_it_started_ends_itself():
+    late = "from rlhf.run import die_with_parent; die_with_parent({}); print('lives')"
+    ended = subprocess.run([sys.executable, "-c", late.format(1 << 22)], cwd=ROOT, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"")
+    assert subprocess.check_output([sys.executable, "-c", late.format(os.getpid())], cwd=ROOT) == b"lives\n"
 
 
 def alive(pid):
