@@ -934,10 +934,10 @@ class Online(Section):
         for reward in self.rewards:
             for gate in reward.gates:
                 if gate.component not in names or gate.component == reward.name:
+                    problem = "itself" if gate.component == reward.name else "no component"
+                    others = [name for name in names if name != reward.name]
                     raise ValueError(
-                        f"rewards.{reward.name}.gates names {gate.component!r}, which is "
-                        + ("the component itself" if gate.component == reward.name else nearest(gate.component, names))
-                        + "; name another component of rewards"
+                        f"rewards.{reward.name}.gates names {gate.component!r}, which is {problem}; {nearest(gate.component, others)}"
                     )
         metrics = [*MEANING, *(f"reward/{name}" for name in names)]
         if self.training.keep_best is not None and self.training.keep_best not in metrics:
