@@ -289,6 +289,7 @@ def test_scores_without_components_cannot_be_normalised_by_component():
         ("[{name: correctness}, {name: format, schedule: {to: 0, first_batch: 5, last_batch: 5}}]", "raise last_batch"),
         ("[{name: correctness}, {name: format, wieght: 2}]", "unknown key 'rewards.1.RuleReward.wieght'; did you mean 'weight'"),
         ("[{name: correctness}, {name: judge, kind: reward_model}]", "key 'rewards.1.RewardModelReward.path' is missing"),
+        ("[{name: correctness}, {name: group_std, kind: format}]", "'group_std', which is a metric of its own"),
         ("[{name: correctness, kind: format}]", "has no correctness component"),
         ("[{name: correctness}, {name: brief, kind: lenght}]", "rewards.1.RuleReward.kind"),
         ("[{name: correctness}, {name: format, scale: 0}]", "rewards.1.RuleReward.scale"),

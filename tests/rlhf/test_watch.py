@@ -113,8 +113,8 @@ def test_form_is_what_the_recipe_calls_format_length_overlong_or_repetition_unde
     rewards = "[{name: correctness}, {name: format}, {name: brief, kind: length}, {name: mine, kind: 'a.b:c'}]"
     watch = Watch.of(config(f"rewards={rewards}", "watch.window=3"))
     assert watch.surface == ("format", "brief")
-    alarms = [alarm.name for i in range(1, 7) for alarm in watch.look(row_of(i, share=0.3))]
-    assert alarms == ["surface"]
+    rows = [row_of(i, share=0.3) for i in range(1, 7)]
+    assert [alarm.name for row in rows for alarm in watch.look({**row, **watch.measure(row)})] == ["surface"]
     assert watch.history[-1][SURFACE] == 0.6
     assert "seconds/train" not in watch.history[-1]
 
