@@ -50,7 +50,7 @@ def audit(rows: Iterable[Row], column: str, *, seed: int = 0) -> list[Finding]:
         ValueError: when the completions do not have the column; names those they have.
     """
     rows = list(rows)
-    known = sorted({name for row in rows for name in row["columns"]} | set(OF_COMPLETIONS))
+    known: list[str] = sorted({str(name) for row in rows for name in row["columns"]} | set(OF_COMPLETIONS))
     if column not in known:
         raise ValueError(f"the completions have no column {column!r}; {nearest(column, known)}")
     groups: dict[Any, list[Row]] = defaultdict(list)

@@ -151,11 +151,11 @@ def test_a_batch_component_is_asked_once_with_the_decided_rollouts_it_applies_to
     asked = []
     name, judge = part("judge", of(1.0), applies={"verdict": "correct"})
     count = type(judge)(judge.options, lambda rollouts: asked.append(len(rollouts)) or [None] * len(rollouts))
-    scores = reward((name, count))([rollout(RIGHT), rollout(WRONG), rollout(RIGHT, reference=" "), rollout(RIGHT)])
-    assert asked == [2]
-    assert [s.value for s in scores] == [None, 0.0, None, None]
+    rollouts = [rollout(RIGHT), rollout(WRONG), rollout(RIGHT, reference=" "), rollout(RIGHT)]
+    assert [s.value for s in reward((name, count))(rollouts)] == [None, 0.0, None, None]
     reward((name, count))([])
-    assert asked == [2, 0]
+    reward((name, type(judge)(part("judge")[1].options, count.component)))(rollouts)
+    assert asked == [2, 0, 3]
 
 
 def test_repetition_is_the_share_of_ngrams_that_stood_there_before():
