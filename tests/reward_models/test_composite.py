@@ -183,15 +183,21 @@ def test_what_a_component_contributes_is_its_distance_from_those_of_the_group_it
 
 def test_a_component_that_is_missing_in_a_sum_is_no_lower_reward():
     # brevity is a punishment for the right ones only: the wrong one must not gain by having none
-    right, weights = {"correctness": 1.0}, {"correctness": 1.0, "brief": 2.0}
+    weights = {"correctness": 1.0, "brief": 2.0}
     scores = [
-        score("correct", weights, **right, brief=-0.3),
-        score("correct", weights, **right, brief=-0.5),
+        score("correct", weights, correctness=1.0, brief=-0.3),
+        score("correct", weights, correctness=1.0, brief=-0.5),
         score(weights=weights, correctness=0.0),
+        *[score("correct", weights, correctness=1.0, brief=-0.1)] * 3,
     ]
-    config = recipe("rollout.samples_per_prompt=3", "algorithm.scale_by_std=false")
+    options = ("rollout.samples_per_prompt=3", "algorithm.scale_by_std=false")
     # 1 - 0.6, 1 - 1, 0 + 2 (-0.4): mean -0.4 / 3
-    assert_close(sequence_advantages(scores, config), torch.tensor([0.4, 0.0, -0.8]) + 0.4 / 3)
+    expected = torch.tensor([0.4, 0.0, -0.8, 0.0, 0.0, 0.0]) + torch.tensor([0.4 / 3] * 3 + [0.0] * 3)
+    assert_close(sequence_advantages(scores, recipe(*options)), expected)
+    # over the whole batch: 0 + 2 (-0.3 - 0.5 - 3 * 0.1) / 5
+    rewards = torch.tensor([0.4, 0.0, -0.44, 0.8, 0.8, 0.8])
+    over_batch = sequence_advantages(scores, recipe(*options, "algorithm.advantage=batch_normalised"))
+    assert_close(over_batch, rewards - rewards.mean())
 
 
 def test_a_component_that_is_missing_in_a_normalised_comparison_contributes_nothing():
