@@ -173,6 +173,9 @@ class Rollout(Section):
     """Precision of the engine's weights."""
     kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """Memory vLLM reserves for keys and values on a CPU."""
+    cache_block_tokens: PositiveInt | None = None
+    """Tokens of a block of vLLM's prefix cache, which shares whole blocks only; vLLM takes 16 on GPUs and 128 on CPUs, where it wants multiples
+    of 32."""
     gpu_memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share of a GPU that vLLM may take, weights included; the trainer needs the rest."""
 
@@ -880,6 +883,48 @@ class PPO(Online):
         return self
 
 
+# ----------------------------------------------------------------------------------------------------------------- label_steps
+
+
+class LabellingRollout(Rollout):
+    """Of the solutions; their completions differ in number and temperature only."""
+
+    completions_per_prefix: PositiveInt = 8
+    completion_temperature: Annotated[float, Field(gt=0)] = 1.0
+    problems_per_chunk: PositiveInt = 64
+    """Labelled together and stored together: what a kill costs at most. Part of the seed, so another value draws other samples."""
+
+    @model_validator(mode="after")
+    def _a_solved_problem_has_two_samples(self) -> LabellingRollout:
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                "samples_per_prompt is 1; a wrong solution is labelled only where another one shows that the policy can solve the problem: set it to 2 or more"
+            )
+        return self
+
+
+class LabelSteps(Section):
+    """Labels the steps of a policy's own solutions by what becomes of completions from each prefix (reward_models/step_labels.py)."""
+
+    stage: Literal["label_steps"]
+    output_dir: str
+    seed: int = 0
+    policy: Weights
+    chat: Chat = Chat()
+    problems: str
+    num_problems: PositiveInt | None = None
+    """The first so many; all by default."""
+    estimate: Literal["soft", "hard", "binary_search"] = "soft"
+    """Share of right completions after every step; whether there is one; or the same, up to the first wrong step, found with log2(steps) prefixes."""
+    correct_share: Share | None = 0.5
+    """Of the solutions of a chunk that are labelled; the others are left out. Null labels all."""
+    min_steps: PositiveInt = 2
+    """Solutions of fewer steps are left out."""
+    rollout: LabellingRollout
+    grader: Grader = Grader()
+    script: ClassVar[str] = "scripts/label_steps.py"
+
+
 # -------------------------------------------------------------------------------------------------------------------- evaluate
 
 
@@ -1009,7 +1054,7 @@ class Pipeline(Section):
     script: ClassVar[str] = "scripts/run_pipeline.py"
 
 
-Config = PrepareData | CurateData | BuildModel | SFT | RewardModel | GRPO | PPO | Evaluate | Pipeline
+Config = PrepareData | CurateData | BuildModel | SFT | RewardModel | LabelSteps | GRPO | PPO | Evaluate | Pipeline
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
 
 
