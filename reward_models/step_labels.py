@@ -7,7 +7,6 @@ section 3.1). A completion that the grader cannot judge is left out of the estim
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,18 +18,22 @@ Estimate = Literal["soft", "hard", "binary_search"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
+class SampledSolution:
     """A solution cut into S steps."""
 
     ends: tuple[int, ...]
-    """[S] tokens up to and including each step."""
+    """[S] tokens up to and including each step; two short ones may end in the same token."""
     num_tokens: int
     finished: bool
     """Whether nothing follows the last step, so that what becomes of it is known."""
     correct: bool
 
     def __post_init__(self) -> None:
-        if not self.ends or list(self.ends) != sorted(set(self.ends)) or not 0 < self.ends[0] <= self.num_tokens:
+        if (
+            not self.ends
+            or list(self.ends) != sorted(self.ends)
+            or not 0 < self.ends[0] <= self.ends[-1] <= self.num_tokens
+        ):
             raise ValueError(f"the steps of a solution of {self.num_tokens} tokens end at {self.ends}")
 
     @property
@@ -75,7 +78,7 @@ Complete = Callable[[Sequence[Prefix]], list[Tally]]
 
 
 def label_solutions(
-    solutions: Sequence[Solution], complete: Complete, *, estimate: Estimate
+    solutions: Sequence[SampledSolution], complete: Complete, *, estimate: Estimate
 ) -> list[StepLabels | None]:
     """Labels of each solution; None where all completions of a prefix that was needed are undecided.
 
@@ -100,7 +103,7 @@ def label_solutions(
     return [_labels(n, solution, tallies, estimate) for n, solution in enumerate(solutions)]
 
 
-def _labels(n: int, solution: Solution, tallies: dict[Prefix, Tally], estimate: Estimate) -> StepLabels | None:
+def _labels(n: int, solution: SampledSolution, tallies: dict[Prefix, Tally], estimate: Estimate) -> StepLabels | None:
     if estimate == "hard" and solution.correct:
         return StepLabels((True,) * len(solution.ends))
     values = [tallies[n, i].value for i in range(solution.num_open)]
@@ -114,7 +117,7 @@ def _labels(n: int, solution: Solution, tallies: dict[Prefix, Tally], estimate: 
     return StepLabels(tuple(i < first for i in range(len(known))))
 
 
-def _first_wrong_steps(solutions: Sequence[Solution], complete: Complete) -> list[int | None]:
+def _first_wrong_steps(solutions: Sequence[SampledSolution], complete: Complete) -> list[int | None]:
     """Index of the first step after which no completion was right, the number of steps where there is none, None where unknown.
 
     All solutions are halved at the same time, so a round is one call.
@@ -135,7 +138,7 @@ def _first_wrong_steps(solutions: Sequence[Solution], complete: Complete) -> lis
 
 
 def expected_completion_tokens(
-    solutions: Sequence[Solution], *, estimate: Estimate, completions_per_prefix: int
+    solutions: Sequence[SampledSolution], *, estimate: Estimate, completions_per_prefix: int
 ) -> tuple[float, float]:
     """(prefixes, sampled tokens) that labelling these solutions takes, if a completion is as long as what the solution had left.
 
@@ -165,14 +168,3 @@ def balanced(correct: Sequence[bool], share: float | None) -> list[int]:
             left[is_correct] -= 1
             kept.append(i)
     return kept
-
-
-def token_ends(ends: Sequence[int], num_tokens: int, text_length: Callable[[int], int]) -> list[int]:
-    """Fewest tokens whose text reaches each of the ends, given in characters.
-
-    Args:
-        ends: [S] characters up to and including each step.
-        num_tokens: of the completion.
-        text_length: characters of the first so many tokens.
-    """
-    return [bisect.bisect_left(range(num_tokens + 1), end, key=text_length) for end in ends]

@@ -914,6 +914,8 @@ class LabelSteps(Section):
     problems: str
     num_problems: PositiveInt | None = None
     """The first so many; all by default."""
+    separator: Annotated[str, Field(min_length=1)] = "\n"
+    """What ends a step (reward_models/steps.py); that of the process model."""
     estimate: Literal["soft", "hard", "binary_search"] = "soft"
     """Share of right completions after every step; whether there is one; or the same, up to the first wrong step, found with log2(steps) prefixes."""
     correct_share: Share | None = 0.5

@@ -22,29 +22,19 @@ from data.records import LabelledSteps, Problem, parse_record, read_records, wri
 from reward_models.grading import VERSION, GraderPool
 from reward_models.step_labels import (
     Prefix,
-    Solution,
+    SampledSolution,
     Tally,
     balanced,
     expected_completion_tokens,
     label_solutions,
-    token_ends,
 )
+from reward_models.steps import Step, find_steps
 from rlhf.card import fingerprint
 from rlhf.config import LabelSteps
 from rlhf.run import Run, format_table, run_stage, say, write_json
 from rlhf.types import Prompt, Rollout, Verdict
 
 LABELS = "labelled_steps.jsonl"
-
-
-def cut(text: str) -> list[tuple[int, int]]:
-    """Where each step begins and ends. STAND-IN until the splitter of the process model is here."""
-    spans, start = [], 0
-    for line in text.splitlines(keepends=True):
-        if line.strip() not in ("", "<think>", "</think>"):
-            spans.append((start, start + len(line)))
-        start += len(line)
-    return spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +44,7 @@ class Kept:
     id: str
     rollout: Rollout
     steps: list[str]
-    solution: Solution
+    solution: SampledSolution
 
 
 class Labeller:
@@ -74,43 +64,40 @@ class Labeller:
         """Solutions to label, and what became of the others."""
         rollouts = self._engine.generate(prompts, self._solving, seed=seed)
         verdicts = self._grade(rollouts, [r.token_ids for r in rollouts])
-        counts: Counter[str] = Counter(
-            solutions=len(rollouts), solution_tokens=sum(len(r.token_ids) for r in rollouts)
-        )
+        counts: Counter[str] = Counter(solutions=len(rollouts), solution_tokens=sum(len(r.token_ids) for r in rollouts))
         solved = {r.prompt.id for r, verdict in zip(rollouts, verdicts, strict=True) if verdict == "correct"}
         usable: list[Kept] = []
         seen: set[tuple[str, str]] = set()
         for i, (rollout, verdict) in enumerate(zip(rollouts, verdicts, strict=True)):
-            spans = cut(rollout.text)
+            steps = find_steps(rollout.token_ids, rollout.text, self._renderer.tokenizer, self._config.separator)
             fate = (
                 "undecided_solutions" if verdict == "undecided"
                 else "truncated_solutions" if rollout.finish_reason == "length"
                 else "repeated_solutions" if (rollout.prompt.id, rollout.text) in seen
                 else "of_problems_never_solved" if rollout.prompt.id not in solved
-                else "of_too_few_steps" if len(spans) < self._config.min_steps
+                else "of_too_few_steps" if len(steps) < self._config.min_steps
                 else None
             )  # fmt: skip
             seen.add((rollout.prompt.id, rollout.text))
             if fate is None:
                 name = f"{rollout.prompt.id}-{i % self._solving.samples_per_prompt}"
-                usable.append(self._kept(name, rollout, spans, correct=verdict == "correct"))
+                usable.append(self._kept(name, rollout, steps, correct=verdict == "correct"))
             else:
                 counts[fate] += 1
         chosen = balanced([k.solution.correct for k in usable], self._config.correct_share)
         counts["beyond_correct_share"] += len(usable) - len(chosen)
         return [usable[i] for i in chosen], counts
 
-    def _kept(self, name: str, rollout: Rollout, spans: list[tuple[int, int]], *, correct: bool) -> Kept:
-        ids, decode = rollout.token_ids, self._renderer.decode
-        ends = token_ends([end for _, end in spans], len(ids), lambda n: len(decode(ids[:n])))
+    def _kept(self, name: str, rollout: Rollout, steps: list[Step], *, correct: bool) -> Kept:
+        ends = tuple(step.position + 1 for step in steps)
         return Kept(
             id=name,
             rollout=rollout,
-            steps=[rollout.text[start:end].strip() for start, end in spans],
-            solution=Solution(
-                ends=tuple(ends),
-                num_tokens=len(ids),
-                finished=not rollout.text[spans[-1][1] :].strip(),
+            steps=[step.text for step in steps],
+            solution=SampledSolution(
+                ends=ends,
+                num_tokens=len(rollout.token_ids),
+                finished=not self._renderer.decode(rollout.token_ids[ends[-1] :]).strip(),
                 correct=correct,
             ),
         )
@@ -156,9 +143,7 @@ class Labeller:
             for _ in range(n)
         ]
         completions = self._engine.generate(prompts, self._completing, seed=seed_of(seed, counts["rounds"]))
-        verdicts = self._grade(
-            completions, [(*begun[j // n][1], *c.token_ids) for j, c in enumerate(completions)]
-        )
+        verdicts = self._grade(completions, [(*begun[j // n][1], *c.token_ids) for j, c in enumerate(completions)])
         tallies = [Tally.of(verdicts[j : j + n]) for j in range(0, len(verdicts), n)]
         counts.update(
             prefixes=len(begun),
@@ -173,7 +158,8 @@ class Labeller:
         """Verdicts of whole completions; one that was cut off is wrong, whatever it boxed, as in training."""
         prefill = self._renderer.prefill
         cases = [
-            (prefill + self._renderer.decode(ids), r.prompt.reference) for r, ids in zip(rollouts, token_ids, strict=True)
+            (prefill + self._renderer.decode(ids), r.prompt.reference)
+            for r, ids in zip(rollouts, token_ids, strict=True)
         ]
         return [
             "wrong" if r.finish_reason == "length" and grade.verdict == "correct" else grade.verdict
@@ -212,7 +198,9 @@ class Chunks:
     def write(self, number: int, records: Sequence[LabelledSteps], counts: Counter[str], seconds: float) -> None:
         rows = [dataclasses.asdict(record) for record in records]
         self.folder.mkdir(exist_ok=True)
-        write_json(self._file(number), {"key": self._key(number), "records": rows, "counts": counts, "seconds": seconds})
+        write_json(
+            self._file(number), {"key": self._key(number), "records": rows, "counts": counts, "seconds": seconds}
+        )
 
 
 def label_steps(config: LabelSteps, run: Run) -> None:
@@ -245,7 +233,9 @@ def label_steps(config: LabelSteps, run: Run) -> None:
             accept=config.grader.accept,
         )  # fmt: skip
         stop = renderer.stop_token_id
-        engine = build_engine(rollout, policy.path, revision=policy.revision, stop_token_id=stop, decode=renderer.decode)
+        engine = build_engine(
+            rollout, policy.path, revision=policy.revision, stop_token_id=stop, decode=renderer.decode
+        )
         with closing(engine), graders:
             label_chunks(Labeller(config, engine, renderer, graders), config, chunks, mine)
     accelerator.wait_for_everyone()
@@ -269,7 +259,9 @@ def label_chunks(labeller: Labeller, config: LabelSteps, chunks: Chunks, numbers
         )
 
 
-def expected_cost(config: LabelSteps, solutions: Sequence[Solution], counts: Counter[str], num_chunks: int) -> str:
+def expected_cost(
+    config: LabelSteps, solutions: Sequence[SampledSolution], counts: Counter[str], num_chunks: int
+) -> str:
     """What this rank will sample, from its first chunk's solutions, before their completions."""
     n = config.rollout.completions_per_prefix
     prefixes, tokens = expected_completion_tokens(solutions, estimate=config.estimate, completions_per_prefix=n)
