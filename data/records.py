@@ -118,6 +118,7 @@ class Prepared:
     train_pairs: list[PreferencePair]
     heldout_pairs: list[PreferencePair]
     labelled_steps: list[LabelledSteps]
+    heldout_steps: list[LabelledSteps]
 
 
 Record = TypeVar("Record", Problem, Demonstration, PreferencePair, LabelledSteps)
