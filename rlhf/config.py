@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from rlhf.metrics import MEANING
 
@@ -503,37 +503,107 @@ Offline = SFT | RewardModel | ProcessRewardModel
 # ------------------------------------------------------------------------------------------------------------------------ grpo
 
 
-class RuleReward(Section):
+class WeightSchedule(Section):
+    """A component's weight moves in a straight line to another one, by the number of the rollout batch: from 1, as in metrics.jsonl."""
+
+    to: float
+    first_batch: PositiveInt = 1
+    """Up to it, it is the component's `weight`."""
+    last_batch: PositiveInt
+    """From it on, it is `to`."""
+
+    @model_validator(mode="after")
+    def _batches_in_order(self) -> WeightSchedule:
+        if self.first_batch >= self.last_batch:
+            raise ValueError(
+                f"first_batch is {self.first_batch} and last_batch is {self.last_batch}; the weight moves between them, so raise last_batch"
+            )
+        return self
+
+
+class Applies(Section):
+    """Which completions a component judges. Elsewhere it is missing, which is no 0: it stays out of its group's mean and standard deviation,
+    and neither helps nor harms the completion in the comparison. With a critic, which compares nothing, it adds nothing."""
+
+    verdict: Literal["correct", "wrong"] | None = None
+    columns: dict[str, tuple[str | int | float, ...]] = {}
+    """Column of the problems, such as subject or level, to the values it may have; without any, all but empty ones."""
+
+
+class Gate(Section):
+    """A component counts as 0 where another one's raw value is too small, or missing."""
+
+    component: str
+    at_least: float = 1.0
+
+
+class RewardComponent(Section):
+    """A named part of the reward. It adds weight x clip(raw / scale) to the total, where it applies and its gates are open."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.:-]+$")]
+    """Of its metrics; two components may be of the same kind."""
+    kind: str
+    """What it is; the same as the name by default."""
+    weight: float = 1.0
+    schedule: WeightSchedule | None = None
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Raw values are divided by it."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Values are kept between -clip and clip, after the division."""
+    applies: Applies = Applies()
+    gates: tuple[Gate, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_is_the_name(cls, raw: Any) -> Any:
+        return {"kind": raw["name"], **raw} if isinstance(raw, dict) and "name" in raw else raw
+
+
+class RuleReward(RewardComponent):
     """A rule, or any function `my_package.module:name` with the signature of a reward component."""
 
-    name: Annotated[str, Field(pattern=r"^(correctness|format|length|overlong|[\w.]+:\w+)$")]
-    weight: float = 1.0
+    kind: Annotated[str, Field(pattern=r"^(correctness|format|length|overlong|repetition|[\w.]+:\w+)$")]
     buffer_tokens: PositiveInt | None = None
     """Of `overlong`: the last tokens before rollout.max_new_tokens, over which the punishment grows from 0 to -1."""
 
     @model_validator(mode="after")
     def _buffer_belongs_to_overlong(self) -> RuleReward:
-        if (self.name == "overlong") != (self.buffer_tokens is not None):
+        if (self.kind == "overlong") != (self.buffer_tokens is not None):
             raise ValueError(
                 "reward overlong has no buffer_tokens; say over how many of the last tokens the punishment grows, DAPO takes a fifth of the longest length"
-                if self.name == "overlong"
-                else f"reward {self.name} has buffer_tokens {self.buffer_tokens}, which only overlong reads; remove it"
+                if self.kind == "overlong"
+                else f"reward {self.kind} has buffer_tokens {self.buffer_tokens}, which only overlong reads; remove it"
             )
         return self
 
 
-class RewardModelReward(Section):
-    """A trained outcome reward model; its score is standardised by its held-out statistics, clipped and scaled by `weight`."""
+class RewardModelReward(RewardComponent):
+    """A trained outcome reward model; its raw value is the score standardised by its held-out statistics."""
 
-    name: Literal["reward_model"]
-    weight: float = 1.0
+    kind: Literal["reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     path: str
-    clip: Annotated[float, Field(gt=0)] = 3.0
-    """Standard deviations beyond which a score no longer grows."""
+    clip: Annotated[float, Field(gt=0)] | None = 3.0
+    """Standard deviations, with a scale of 1, beyond which a score no longer grows."""
     batch_size: PositiveInt = 64
     placement: Literal["whole", "sharded"] = "whole"
     """`whole` on every rank, or, under ZeRO-3, `sharded` over the ranks, for a model that does not fit onto one: every rank then takes part in
     every forward pass, whatever its own rollouts. Without ZeRO-3 both are whole."""
+
+
+REWARD_CLASSES = {"reward_model": "RewardModelReward"}
+"""Kinds of component that are no rules, and their classes."""
+
+
+def _reward_class(raw: Any) -> str:
+    """Name of the class of an entry of `rewards`; what is nothing else is a rule."""
+    kind = (raw.get("kind") or raw.get("name")) if isinstance(raw, dict) else getattr(raw, "kind", None)
+    return REWARD_CLASSES.get(str(kind), "RuleReward")
+
+
+Reward = Annotated[
+    Annotated[RewardModelReward, Tag("RewardModelReward")] | Annotated[RuleReward, Tag("RuleReward")],
+    Discriminator(_reward_class),
+]
 
 
 class Reference(Section):
@@ -698,6 +768,31 @@ class Guards(Section):
     """Mean absolute difference, in nats, between the engine's and the trainer's log-probabilities of a probe after each sync."""
 
 
+class Watch(Section):
+    """Signs that the policy games its reward, looked for after every rollout batch (see rlhf/watch.py, which says what each is)."""
+
+    action: Literal["off", "warn", "stop"] = "warn"
+    """What an alarm does, besides a line on the console, a row in alarms.jsonl and a file with the ten completions that show it best."""
+    window: Annotated[int, Field(ge=3)] = 5
+    """Rollout batches whose mean is compared with that of as many others."""
+    significance: Annotated[float, Field(gt=0)] = 3.0
+    """Standard errors that a difference of means must have."""
+    max_correctness_loss: Share = 0.1
+    """That correctness may lose against its best window while the reward rises."""
+    max_surface_share: Share = 0.5
+    """Of the variance behind the advantages, by components of the kinds format, length, overlong and repetition."""
+    max_repetition: Share = 0.3
+    """Share of the 8-grams of tokens that stood in the completion before; an alarm also needs twice that of the first window."""
+    max_kl_slope: Annotated[float, Field(gt=0)] = 0.01
+    """Nats per token and optimizer step, with a reference."""
+    min_spread: Share = 0.25
+    """Of the standard deviation within groups in the first window."""
+    max_length_growth: Annotated[float, Field(gt=1)] = 2.0
+    """Factor over the mean length in the first window."""
+    ceiling: Share = 0.9
+    """Correctness above which only divergence is an alarm: what is left to compare is form."""
+
+
 class RolloutServer(Section):
     """vLLM servers that sample: on other hosts or GPUs, or on other cores of this one (see docs/guides/servers.md)."""
 
@@ -782,6 +877,8 @@ class OnlineTraining(Section):
     """Rollout batches between checkpoints."""
     checkpoint_every_steps: PositiveInt | None = None
     """Optimizer steps between checkpoints, besides those; also in the middle of a rollout batch, which is then stored with the rest."""
+    completions_every: Annotated[int, Field(ge=0)] = 1
+    """Rollout batches between those whose completions are kept for reading and audits, with every component of their rewards; 0 keeps none."""
     keep_checkpoints: PositiveInt = 2
     """The newest so many stay."""
     keep_best: str | None = None
@@ -801,12 +898,13 @@ class Online(Section):
     demonstrations: str
     """Reference solutions: before training they must earn the full reward, and after each weight push both sides score some of them."""
     rollout: OnlineRollout
-    rewards: Annotated[tuple[RewardModelReward | RuleReward, ...], Field(min_length=1)]
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     grader: Grader = Grader()
     algorithm: Algorithm
     training: OnlineTraining
     optimizer: Optimizer
     guards: Guards = Guards()
+    watch: Watch = Watch()
 
     @model_validator(mode="after")
     def _relations(self) -> Online:
@@ -871,18 +969,28 @@ class Online(Section):
         for reward in self.rewards:
             if isinstance(reward, RuleReward) and (reward.buffer_tokens or 0) > self.rollout.max_new_tokens:
                 raise ValueError(
-                    f"rewards.overlong.buffer_tokens is {reward.buffer_tokens}, more than rollout.max_new_tokens {self.rollout.max_new_tokens}; "
+                    f"rewards.{reward.name}.buffer_tokens is {reward.buffer_tokens}, more than rollout.max_new_tokens {self.rollout.max_new_tokens}; "
                     "every completion would be punished: lower it"
                 )
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
-            raise ValueError(f"rewards name the same component twice: {', '.join(names)}; merge them into one weight")
+            raise ValueError(
+                f"rewards name the same component twice: {', '.join(names)}; merge them, or give each a name and say under kind what it is"
+            )
+        for reward in self.rewards:
+            for gate in reward.gates:
+                if gate.component not in names or gate.component == reward.name:
+                    problem = "itself" if gate.component == reward.name else "no component"
+                    others = [name for name in names if name != reward.name]
+                    raise ValueError(
+                        f"rewards.{reward.name}.gates names {gate.component!r}, which is {problem}; {nearest(gate.component, others)}"
+                    )
         metrics = [*MEANING, *(f"reward/{name}" for name in names)]
         if self.training.keep_best is not None and self.training.keep_best not in metrics:
             raise ValueError(
                 f"training.keep_best is {self.training.keep_best!r}, which is no metric; {nearest(self.training.keep_best, metrics)}"
             )
-        if "correctness" not in names:
+        if not any(reward.name == reward.kind == "correctness" for reward in self.rewards):
             raise ValueError(
                 f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 MEANING = {
@@ -22,6 +23,7 @@ MEANING = {
     "rollout/age": "optimizer steps the trainer had taken since the weights that sampled, mean over completions; 0 in the synchronous loop",
     "rollout/hidden": "share of the time of sampling and scoring that training did not have to wait for, with training.max_staleness",
     "rollout/length": "mean tokens of a completion",
+    "rollout/repetition": "share of the 8-grams of tokens of a completion that stood in it before, mean over completions",
     "rollout/truncated": "share of completions cut by max_new_tokens",
     "rollout/undecided": "share of completions the grader could not judge; their groups are left out",
     "policy/loss": "loss of the optimizer step, summed over its tokens with their weights",
@@ -56,7 +58,9 @@ MEANING = {
     "share/sync": "part that went into pushing weights and checking them",
     "memory/peak_gb": "highest memory in use so far, in GiB: of the device, or of the process on a CPU",
 }
-"""Components named in a recipe add `reward/<name>`."""
+"""Components named in a recipe add three each: `reward/<name>`, the mean of its raw value where it applies, `weighted/<name>`, the mean of
+what it adds to the total there, and `variance_share/<name>`, its share of the variance that the advantages come from: of the weighted
+components within groups, over the batch with a critic. The shares add up to 1, and one that works against the others is negative."""
 
 CLOCK = ("seconds/", "share/", "memory/", "rollout/hidden", "rollout/tokens_per_second", "train/tokens_per_second")
 """Beginnings of the keys that the machine decides; the others are the run's own and the same each time on one CPU rank."""
@@ -95,7 +99,7 @@ def reduce_metrics(per_rank: list[dict[str, tuple[float, float]]]) -> dict[str, 
     return {key: total[key] / count[key] for key in total if count[key]}
 
 
-def append_jsonl(path: Path, row: dict[str, float]) -> None:
+def append_jsonl(path: Path, row: Mapping[str, float | str]) -> None:
     with path.open("a", encoding="utf-8") as out:
         out.write(json.dumps(row) + "\n")
 
