@@ -577,20 +577,37 @@ class RuleReward(RewardComponent):
         return self
 
 
-class RewardModelReward(RewardComponent):
-    """A trained outcome reward model; its raw value is the score standardised by its held-out statistics."""
+class ModelReward(RewardComponent):
+    """A trained model that judges completions."""
 
-    kind: Literal["reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     path: str
-    clip: Annotated[float, Field(gt=0)] | None = 3.0
-    """Standard deviations, with a scale of 1, beyond which a score no longer grows."""
-    batch_size: PositiveInt = 64
     placement: Literal["whole", "sharded"] = "whole"
     """`whole` on every rank, or, under ZeRO-3, `sharded` over the ranks, for a model that does not fit onto one: every rank then takes part in
     every forward pass, whatever its own rollouts. Without ZeRO-3 both are whole."""
 
 
-REWARD_CLASSES = {"reward_model": "RewardModelReward"}
+class RewardModelReward(ModelReward):
+    """A trained outcome reward model; its raw value is the score standardised by its held-out statistics."""
+
+    kind: Literal["reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    clip: Annotated[float, Field(gt=0)] | None = 3.0
+    """Standard deviations, with a scale of 1, beyond which a score no longer grows."""
+    batch_size: PositiveInt = 64
+
+
+class ProcessRewardModelReward(ModelReward):
+    """A trained process reward model: rewards of the steps of a completion, at the last token of each, or one for all of it."""
+
+    kind: Literal["process_reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    step_value: Literal["probability", "signed"] = "probability"
+    """p, the probability that the step is right, or 2 p - 1, with which a step that is more likely wrong than right costs something."""
+    aggregate: Literal["min", "product", "mean", "last"] | None = None
+    """One number for the whole completion, of the steps' probabilities; by default every step earns its own (algorithm.step_credit)."""
+    tokens_per_batch: PositiveInt = 16_384
+    """Of a forward pass, padding included."""
+
+
+REWARD_CLASSES = {"reward_model": "RewardModelReward", "process_reward_model": "ProcessRewardModelReward"}
 """Kinds of component that are no rules, and their classes."""
 
 
@@ -601,7 +618,9 @@ def _reward_class(raw: Any) -> str:
 
 
 Reward = Annotated[
-    Annotated[RewardModelReward, Tag("RewardModelReward")] | Annotated[RuleReward, Tag("RuleReward")],
+    Annotated[RewardModelReward, Tag("RewardModelReward")]
+    | Annotated[ProcessRewardModelReward, Tag("ProcessRewardModelReward")]
+    | Annotated[RuleReward, Tag("RuleReward")],
     Discriminator(_reward_class),
 ]
 
@@ -671,6 +690,11 @@ class Algorithm(Section):
     """Completions over which an adaptive coefficient moves by its error."""
     truncated: Literal["grade", "wrong", "mask"] = "wrong"
     """A completion cut by max_new_tokens is graded as it stands, counts as wrong, or is kept out of the loss."""
+    step_credit: Literal["sum", "min"] = "sum"
+    """Of rewards of steps, where a component gives such: a token is responsible for the sum of those that end at it or later
+    (https://arxiv.org/abs/2402.03300), or, up to the worst step of the completion, for that one (PURE, https://arxiv.org/abs/2504.15275)."""
+    step_temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Of the soft minimum of `min`, in units of the steps' rewards before their weight; smaller is closer to the worst step alone."""
 
     @model_validator(mode="after")
     def _coefficients(self) -> Algorithm:
@@ -948,7 +972,7 @@ class Online(Section):
                 f"training.max_staleness is {self.training.max_staleness} and algorithm.sampler_correction is none: rollouts of an older policy would be "
                 "trained on as if they were its own; set it to truncate or mask"
             )
-        sharded = [r for r in self.rewards if isinstance(r, RewardModelReward) and r.placement == "sharded"]
+        sharded = [r for r in self.rewards if isinstance(r, ModelReward) and r.placement == "sharded"]
         if self.training.max_staleness > 0 and sharded:
             raise ValueError(
                 f"training.max_staleness is {self.training.max_staleness} and rewards.reward_model.placement is sharded: its ranks score together, which "

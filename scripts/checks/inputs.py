@@ -23,10 +23,10 @@ from rlhf.config import (
     CurateData,
     Evaluate,
     GSM8KSource,
+    ModelReward,
     Online,
     PrepareData,
     RewardModel,
-    RewardModelReward,
     RuleReward,
 )
 from rlhf.models import check_model_path, load_tokenizer
@@ -64,7 +64,7 @@ def model_folders(config: Config) -> list[tuple[str, str]]:
         found.append(("reference.path", config.reference.path))
     if isinstance(config, PPO):
         found.append(("critic.path", config.critic.path))
-    found += [(f"rewards.{r.name}.path", r.path) for r in config.rewards if isinstance(r, RewardModelReward)]
+    found += [(f"rewards.{r.name}.path", r.path) for r in config.rewards if isinstance(r, ModelReward)]
     return found
 
 
