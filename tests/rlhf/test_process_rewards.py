@@ -106,7 +106,12 @@ def test_an_undecided_completion_takes_the_steps_of_its_group_with_it_and_a_weig
 
 def rollout(length):
     return Rollout(
-        prompt=PROMPT, token_ids=(5,) * length, logprobs=(0.0,) * length, finish_reason="stop", text="", policy_version=0
+        prompt=PROMPT,
+        token_ids=(5,) * length,
+        logprobs=(0.0,) * length,
+        finish_reason="stop",
+        text="",
+        policy_version=0,
     )
 
 
