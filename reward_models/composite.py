@@ -12,14 +12,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from accelerate import Accelerator
 
 from reward_models.grading import Grade, GraderPool, grade
 from reward_models.grading.pool import Case
 from reward_models.outcome import OutcomeModel
+from reward_models.process import ProcessModel, aggregate
 from reward_models.verifiable import Component, Value, find_rule, overlong
-from rlhf.config import Applies, Online, Reward, RewardComponent, RewardModelReward, RuleReward, nearest
+from rlhf.config import (
+    Applies,
+    ModelReward,
+    Online,
+    ProcessRewardModelReward,
+    Reward,
+    RewardComponent,
+    RewardModelReward,
+    RuleReward,
+    nearest,
+)
 from rlhf.distributed import loaded_whole
 from rlhf.types import Prompt, Rollout, Score, StepReward, Verdict
 
@@ -172,7 +184,9 @@ def build_reward(
 
     def component(reward: Reward) -> BatchComponent | None:
         if isinstance(reward, RewardModelReward):
-            return _load(reward, device, accelerator).scorer(clip=math.inf, batch_size=reward.batch_size)
+            return _load(OutcomeModel, reward, device, accelerator).scorer(clip=math.inf, batch_size=reward.batch_size)
+        if isinstance(reward, ProcessRewardModelReward):
+            return process_component(_load(ProcessModel, reward, device, accelerator), reward)
         return None if reward.kind == "correctness" else each(_rule(reward, config), prefill=prefill)
 
     pool = GraderPool(
@@ -191,13 +205,33 @@ def _rule(reward: RuleReward, config: Online) -> Component:
     return find_rule(reward.kind)
 
 
-def _load(reward: RewardModelReward, device: str, accelerator: Accelerator | None) -> OutcomeModel:
+def process_component(model: ProcessModel, reward: ProcessRewardModelReward) -> BatchComponent:
+    """A process model's rewards of steps, or one number for each completion."""
+    probabilities = model.scorer(tokens_per_batch=reward.tokens_per_batch)
+
+    def component(rollouts: Sequence[Rollout]) -> list[Value]:
+        of_rollouts = probabilities(rollouts)
+        if reward.aggregate is not None:
+            return [_valued(aggregate([s.value for s in steps], reward.aggregate), reward) for steps in of_rollouts]
+        return [[replace(s, value=_valued(s.value, reward)) for s in steps] for steps in of_rollouts]
+
+    return component
+
+
+def _valued(probability: float, reward: ProcessRewardModelReward) -> float:
+    return 2 * probability - 1 if reward.step_value == "signed" else probability
+
+
+M = TypeVar("M", OutcomeModel, ProcessModel)
+
+
+def _load(kind: type[M], reward: ModelReward, device: str, accelerator: Accelerator | None) -> M:
     if accelerator is None:
-        return OutcomeModel.load(reward.path, device=device)
+        return kind.load(reward.path, device=device)
     if reward.placement == "sharded":
-        return OutcomeModel.load(reward.path, device=device).shard(accelerator)
+        return kind.load(reward.path, device=device).shard(accelerator)
     with loaded_whole(accelerator):
-        return OutcomeModel.load(reward.path, device=device)
+        return kind.load(reward.path, device=device)
 
 
 def require_columns(config: Online, prompts: Sequence[Prompt]) -> None:

@@ -196,6 +196,25 @@ def sum_of_future(steps: Tensor, samples: Tensor, positions: Tensor, lengths: Te
     return _laid_end_to_end(_padded(ends, lengths).flip(1).cumsum(1).flip(1), lengths)
 
 
+def softmin_rewards(rewards: Tensor, samples: Tensor, num_samples: int, *, temperature: float) -> Tensor:
+    """PURE (https://arxiv.org/abs/2504.15275): the rewards of steps whose sum is the least of them, softly: [S], [S] -> [S].
+
+        r*_i = r_i exp(-r_i / T) / sum_j exp(-r_j / T)             over the steps j of the same sample
+
+    As T goes to 0 only the worst step keeps its reward: the sum of the future (`sum_of_future`) is then that reward for every token
+    up to it, and 0 behind it.
+
+    Args:
+        rewards: [S] of the steps.
+        samples: [S] sample of each step.
+        num_samples: one more than the last of them.
+        temperature: T, in units of the rewards.
+    """
+    lowest = rewards.new_zeros(num_samples).scatter_reduce(0, samples, rewards, "amin", include_self=False)
+    weights = torch.exp((lowest[samples] - rewards) / temperature)
+    return rewards * weights / _sums(weights, samples, num_samples)[samples]
+
+
 def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, coefficient: float) -> Tensor:
     """The reward of PPO for language models (https://arxiv.org/abs/2203.02155, eq. 2; 1909.08593, eq. 2): [B], [N], [B] -> [N].
 

@@ -173,6 +173,9 @@ class Rollout(Section):
     """Precision of the engine's weights."""
     kv_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """Memory vLLM reserves for keys and values on a CPU."""
+    cache_block_tokens: PositiveInt | None = None
+    """Tokens of a block of vLLM's prefix cache, which shares whole blocks only; vLLM takes 16 on GPUs and 128 on CPUs, where it wants multiples
+    of 32."""
     gpu_memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share of a GPU that vLLM may take, weights included; the trainer needs the rest."""
 
@@ -605,20 +608,37 @@ class RuleReward(RewardComponent):
         return self
 
 
-class RewardModelReward(RewardComponent):
-    """A trained outcome reward model; its raw value is the score standardised by its held-out statistics."""
+class ModelReward(RewardComponent):
+    """A trained model that judges completions."""
 
-    kind: Literal["reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     path: str
-    clip: Annotated[float, Field(gt=0)] | None = 3.0
-    """Standard deviations, with a scale of 1, beyond which a score no longer grows."""
-    batch_size: PositiveInt = 64
     placement: Literal["whole", "sharded"] = "whole"
     """`whole` on every rank, or, under ZeRO-3, `sharded` over the ranks, for a model that does not fit onto one: every rank then takes part in
     every forward pass, whatever its own rollouts. Without ZeRO-3 both are whole."""
 
 
-REWARD_CLASSES = {"reward_model": "RewardModelReward"}
+class RewardModelReward(ModelReward):
+    """A trained outcome reward model; its raw value is the score standardised by its held-out statistics."""
+
+    kind: Literal["reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    clip: Annotated[float, Field(gt=0)] | None = 3.0
+    """Standard deviations, with a scale of 1, beyond which a score no longer grows."""
+    batch_size: PositiveInt = 64
+
+
+class ProcessRewardModelReward(ModelReward):
+    """A trained process reward model: rewards of the steps of a completion, at the last token of each, or one for all of it."""
+
+    kind: Literal["process_reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    step_value: Literal["probability", "signed"] = "probability"
+    """p, the probability that the step is right, or 2 p - 1, with which a step that is more likely wrong than right costs something."""
+    aggregate: Literal["min", "product", "mean", "last"] | None = None
+    """One number for the whole completion, of the steps' probabilities; by default every step earns its own (algorithm.step_credit)."""
+    tokens_per_batch: PositiveInt = 16_384
+    """Of a forward pass, padding included."""
+
+
+REWARD_CLASSES = {"reward_model": "RewardModelReward", "process_reward_model": "ProcessRewardModelReward"}
 """Kinds of component that are no rules, and their classes."""
 
 
@@ -629,7 +649,9 @@ def _reward_class(raw: Any) -> str:
 
 
 Reward = Annotated[
-    Annotated[RewardModelReward, Tag("RewardModelReward")] | Annotated[RuleReward, Tag("RuleReward")],
+    Annotated[RewardModelReward, Tag("RewardModelReward")]
+    | Annotated[ProcessRewardModelReward, Tag("ProcessRewardModelReward")]
+    | Annotated[RuleReward, Tag("RuleReward")],
     Discriminator(_reward_class),
 ]
 
@@ -699,6 +721,11 @@ class Algorithm(Section):
     """Completions over which an adaptive coefficient moves by its error."""
     truncated: Literal["grade", "wrong", "mask"] = "wrong"
     """A completion cut by max_new_tokens is graded as it stands, counts as wrong, or is kept out of the loss."""
+    step_credit: Literal["sum", "min"] = "sum"
+    """Of rewards of steps, where a component gives such: a token is responsible for the sum of those that end at it or later
+    (https://arxiv.org/abs/2402.03300), or, up to the worst step of the completion, for that one (PURE, https://arxiv.org/abs/2504.15275)."""
+    step_temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Of the soft minimum of `min`, in units of the steps' rewards before their weight; smaller is closer to the worst step alone."""
 
     @model_validator(mode="after")
     def _coefficients(self) -> Algorithm:
@@ -976,7 +1003,7 @@ class Online(Section):
                 f"training.max_staleness is {self.training.max_staleness} and algorithm.sampler_correction is none: rollouts of an older policy would be "
                 "trained on as if they were its own; set it to truncate or mask"
             )
-        sharded = [r for r in self.rewards if isinstance(r, RewardModelReward) and r.placement == "sharded"]
+        sharded = [r for r in self.rewards if isinstance(r, ModelReward) and r.placement == "sharded"]
         if self.training.max_staleness > 0 and sharded:
             raise ValueError(
                 f"training.max_staleness is {self.training.max_staleness} and rewards.reward_model.placement is sharded: its ranks score together, which "
@@ -1065,6 +1092,50 @@ class PPO(Online):
                 "rollout.refill_rounds replaces groups without signal; with a critic every completion has one: set it to 0"
             )
         return self
+
+
+# ----------------------------------------------------------------------------------------------------------------- label_steps
+
+
+class LabellingRollout(Rollout):
+    """Of the solutions; their completions differ in number and temperature only."""
+
+    completions_per_prefix: PositiveInt = 8
+    completion_temperature: Annotated[float, Field(gt=0)] = 1.0
+    problems_per_chunk: PositiveInt = 64
+    """Labelled together and stored together: what a kill costs at most. Part of the seed, so another value draws other samples."""
+
+    @model_validator(mode="after")
+    def _a_solved_problem_has_two_samples(self) -> LabellingRollout:
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                "samples_per_prompt is 1; a wrong solution is labelled only where another one shows that the policy can solve the problem: set it to 2 or more"
+            )
+        return self
+
+
+class LabelSteps(Section):
+    """Labels the steps of a policy's own solutions by what becomes of completions from each prefix (reward_models/step_labels.py)."""
+
+    stage: Literal["label_steps"]
+    output_dir: str
+    seed: int = 0
+    policy: Weights
+    chat: Chat = Chat()
+    problems: str
+    num_problems: PositiveInt | None = None
+    """The first so many; all by default."""
+    separator: Annotated[str, Field(min_length=1)] = "\n"
+    """What ends a step (reward_models/steps.py); that of the process model."""
+    estimate: Literal["soft", "hard", "binary_search"] = "soft"
+    """Share of right completions after every step; whether there is one; or the same, up to the first wrong step, found with log2(steps) prefixes."""
+    correct_share: Share | None = 0.5
+    """Of the solutions of a chunk that are labelled; the others are left out. Null labels all."""
+    min_steps: PositiveInt = 2
+    """Solutions of fewer steps are left out."""
+    rollout: LabellingRollout
+    grader: Grader = Grader()
+    script: ClassVar[str] = "scripts/label_steps.py"
 
 
 # -------------------------------------------------------------------------------------------------------------------- evaluate
@@ -1202,6 +1273,7 @@ Config = (
     | BuildModel
     | SFT
     | RewardModel
+    | LabelSteps
     | ProcessRewardModel
     | EvaluateProcess
     | GRPO

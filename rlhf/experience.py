@@ -16,6 +16,7 @@ from rlhf.advantages import (
     normalised_components,
     normalised_deviations,
     normalised_steps,
+    softmin_rewards,
     sum_of_future,
     token_rewards,
     variance_shares,
@@ -95,10 +96,10 @@ def estimate(
     else:
         assert isinstance(config, GRPO)
         penalties = [kl_coefficient * k.sum().item() for k in kl] if kl is not None else [0.0] * len(scores)
-        everyone = ranks.gather(list(zip(scores, penalties, strict=True)))
+        everyone = ranks.gather(list(zip(scores, penalties, (len(r.token_ids) for r in rollouts), strict=True)))
         own = slice(ranks.rank * len(scores), (ranks.rank + 1) * len(scores))
-        of_sequences = sequence_advantages([s for s, _ in everyone], config, [p for _, p in everyone])[own]
-        of_steps = step_advantages(rollouts, [s for s, _ in everyone], config, own)
+        of_sequences = sequence_advantages([s for s, _, _ in everyone], config, [p for _, p, _ in everyone])[own]
+        of_steps = step_advantages([s for s, _, _ in everyone], [n for _, _, n in everyone], config)[own]
         advantages = tuple(a + steps for a, steps in zip(of_sequences, of_steps, strict=True))
     return Experience(
         list(rollouts),
@@ -172,39 +173,60 @@ def sequence_advantages(scores: Sequence[Score], config: GRPO, penalties: Sequen
     return advantages.flatten()
 
 
-def step_advantages(
-    rollouts: Sequence[Rollout], everyone: Sequence[Score], config: GRPO, own: slice
-) -> tuple[Tensor, ...]:
-    """What the rewards of steps add to each token of this rank's rollouts.
+def step_advantages(scores: Sequence[Score], lengths: Sequence[int], config: GRPO) -> PerRollout:
+    """What the rewards of steps add to each token of every rollout, those of each component compared by themselves, then weighted.
 
     Args:
-        rollouts: of this rank.
-        everyone: the scores of all ranks.
+        scores: [B] of all ranks.
+        lengths: [B] tokens of each rollout.
         config: the recipe.
-        own: which of `everyone` are this rank's.
     """
-    algorithm, size = config.algorithm, config.rollout.samples_per_prompt
-    lengths = torch.tensor([len(r.token_ids) for r in rollouts])
-    decided = _decided(everyone, size).repeat_interleave(size)
-    steps = [(i, step) for i, score in enumerate(everyone) if decided[i] for step in score.steps]
-    if not steps:
-        return tuple(torch.zeros(len(r.token_ids)) for r in rollouts)
-    if algorithm.normalise_components:
+    decided = _decided(scores, config.rollout.samples_per_prompt)
+    added = torch.zeros(sum(lengths))
+    names = dict.fromkeys(step.component for score in scores for step in score.steps)
+    if names and config.algorithm.normalise_components:
         raise ValueError(
             "algorithm.normalise_components compares components of whole completions and a reward judges steps, which would count twice; "
             "set it to false"
         )
-    samples = torch.tensor([i for i, _ in steps])
-    normalised = normalised_steps(
-        torch.tensor([step.value for _, step in steps]),
-        samples,
-        shape=(len(everyone) // size, size),
-        advantage=algorithm.advantage,
-        scale_by_std=algorithm.scale_by_std,
-    )
-    mine = (samples >= own.start) & (samples < own.stop)
-    positions = torch.tensor([step.position for _, step in steps])[mine]
-    return sum_of_future(normalised[mine], samples[mine] - own.start, positions, lengths).split(lengths.tolist())
+    for name in names:
+        # Dividing by a standard deviation would undo a weight that is in the rewards already.
+        weight = abs(next((score.weights[name] for score in scores if name in score.weights), 1.0))
+        steps = [
+            (i, step.position, step.value / weight)
+            for i, score in enumerate(scores)
+            if decided[i // config.rollout.samples_per_prompt] and weight > 0
+            for step in score.steps
+            if step.component == name
+        ]
+        if steps:
+            samples, positions, rewards = (torch.tensor(column) for column in zip(*steps, strict=True))
+            added += weight * credited(rewards, samples, positions, torch.tensor(lengths), config)
+    return added.split(list(lengths))
+
+
+def credited(rewards: Tensor, samples: Tensor, positions: Tensor, lengths: Tensor, config: GRPO) -> Tensor:
+    """[N] advantages of the tokens of B rollouts from the rewards of S steps: [S], [S], [S], [B] -> [N].
+
+    With the sum, steps are compared and their future added up. With the minimum it is the returns of the tokens that are compared, those
+    of the completions that have a step: the paper's baseline, the mean over the other samples' tokens, but over as many as
+    they have, where it divides by the longest length allowed.
+    """
+    algorithm, size = config.algorithm, config.rollout.samples_per_prompt
+    compared = {
+        "shape": (len(lengths) // size, size),
+        "advantage": algorithm.advantage,
+        "scale_by_std": algorithm.scale_by_std,
+    }
+    if algorithm.step_credit == "sum":
+        return sum_of_future(normalised_steps(rewards, samples, **compared), samples, positions, lengths)
+    worst = softmin_rewards(rewards, samples, len(lengths), temperature=algorithm.step_temperature)
+    returns = sum_of_future(worst, samples, positions, lengths)
+    of_tokens = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    judged = torch.isin(of_tokens, samples)
+    advantages = torch.zeros_like(returns)
+    advantages[judged] = normalised_steps(returns[judged], of_tokens[judged], **compared)
+    return advantages
 
 
 def _of_tokens(
@@ -224,8 +246,8 @@ def _of_tokens(
     rewards = token_rewards(totals, flat_kl, lengths, coefficient=kl_coefficient)
     starts = lengths.cumsum(0) - lengths
     for i, score in enumerate(scores):
-        for step in score.steps:
-            rewards[starts[i] + step.position] += step.value
+        for step, value in zip(score.steps, _credited_steps(score, config), strict=True):
+            rewards[starts[i] + step.position] += value
     advantages = generalised_advantages(
         rewards, flat_values, lengths, discount=config.algorithm.discount, trace=config.algorithm.trace
     )
@@ -238,6 +260,19 @@ def _of_tokens(
         variance = max(squares / max(count, 1) - mean**2, 0.0)
         advantages = whitened(advantages, mean=mean, std=variance**0.5)
     return advantages.split(lengths.tolist()), returns.split(lengths.tolist())
+
+
+def _credited_steps(score: Score, config: PPO) -> Sequence[float]:
+    """The rewards of a completion's steps, so that their sum is what a token is responsible for."""
+    values = [step.value for step in score.steps]
+    if config.algorithm.step_credit == "sum" or not values:
+        return values
+    names = list(dict.fromkeys(step.component for step in score.steps))
+    of_component = torch.tensor([names.index(step.component) for step in score.steps])
+    weights = torch.tensor([abs(score.weights.get(name, 1.0)) for name in names])[of_component].clamp(min=1e-12)
+    raw = torch.tensor(values) / weights
+    soft = softmin_rewards(raw, of_component, len(names), temperature=config.algorithm.step_temperature)
+    return (soft * weights).tolist()
 
 
 def has_signal(scores: Sequence[Score]) -> bool:

@@ -19,11 +19,12 @@ from rlhf.config import (
     PPO,
     SFT,
     Config,
+    ModelReward,
     Offline,
     Online,
     ProcessRewardModel,
+    ProcessRewardModelReward,
     RewardModel,
-    RewardModelReward,
     batch_arithmetic,
 )
 from rlhf.footprint import WIDTH, Sharding, Trained, forward_scratch, trained_of
@@ -296,15 +297,18 @@ def _online_parts(
     if config.reference is not None:
         parts += _reference_parts(config, policy, shapes, sharding, machine, largest)
     for reward in config.rewards:
-        if isinstance(reward, RewardModelReward):
-            shape = shapes["reward_model"]
+        if isinstance(reward, ModelReward):
+            shape, name = shapes[reward.kind], reward.kind.replace("_", " ")
             frozen = Trained(shape=shape, dtype="float32", checkpointing=False, lora=None, has_head=False)
-            tokens = min(reward.batch_size, work.sequences) * (work.prompt + work.completion)
+            sequence = work.prompt + work.completion
+            of_steps = isinstance(reward, ProcessRewardModelReward)
+            together = max(reward.tokens_per_batch // sequence, 1) if of_steps else reward.batch_size
+            tokens = min(together, work.sequences) * sequence
             pieces = _pieces(sharding, machine) if reward.placement == "sharded" else 1
             size = 4.0 * frozen.parameters / pieces
-            parts.append(Part(name="reward model", when=ALWAYS, size=size))
+            parts.append(Part(name=name, when=ALWAYS, size=size))
             scratch = forward_scratch(shape, "float32", tokens)
-            parts.append(Part(name="reward model activations", when="scoring", size=scratch))
+            parts.append(Part(name=f"{name} activations", when="scoring", size=scratch))
     return parts
 
 
@@ -472,8 +476,8 @@ def _online_seconds(
     )
     scoring = 0.0
     everything = work.sequences * context
-    if any(isinstance(reward, RewardModelReward) for reward in config.rewards):
-        scoring += _pass(shapes["reward_model"], "float32", everything, context, device, passes=1)
+    for kind in {reward.kind for reward in config.rewards if isinstance(reward, ModelReward)}:
+        scoring += _pass(shapes[kind], "float32", everything, context, device, passes=1)
     if config.reference is not None:
         shape = shapes.get("reference", policy)
         scoring += _pass(shape, config.reference.dtype, work.tokens, context, device, passes=1)

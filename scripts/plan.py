@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.config import PPO, Config, Offline, Online, Pipeline, RewardModelReward, load_config
+from rlhf.config import PPO, Config, ModelReward, Offline, Online, Pipeline, load_config
 from rlhf.footprint import Sharding, read_sharding
 from rlhf.hardware import GIB, Machine, cpu, parse_gpus
 from rlhf.pipeline import load_stages
@@ -55,8 +55,8 @@ def model_paths(config: Config) -> dict[str, str]:
     if isinstance(config, PPO):
         paths["critic"] = config.critic.path
     for reward in config.rewards:
-        if isinstance(reward, RewardModelReward):
-            paths["reward_model"] = reward.path
+        if isinstance(reward, ModelReward):
+            paths[reward.kind] = reward.path
     return paths
 
 

@@ -5,7 +5,7 @@ from contextlib import closing
 from data.chat import ChatRenderer, render_response
 from data.records import Demonstration, Problem, read_records
 from reward_models.composite import build_reward, require_columns, require_reachable
-from rlhf.config import GRPO, PPO, Online, RewardModelReward
+from rlhf.config import GRPO, PPO, ModelReward, Online
 from rlhf.critic import load_critic
 from rlhf.distributed import loaded_whole, start
 from rlhf.lora import adapt
@@ -28,7 +28,7 @@ def train_online(config: Online, run: Run) -> None:
     if isinstance(config, PPO):
         check_model_path(config.critic.path, "critic.path")
     for reward in config.rewards:
-        if isinstance(reward, RewardModelReward):
+        if isinstance(reward, ModelReward):
             check_model_path(reward.path, f"rewards.{reward.name}.path")
     tokenizer = load_tokenizer(config.policy.path, revision=config.policy.revision)
     renderer = ChatRenderer(tokenizer, config.chat.system_prompt)

@@ -57,6 +57,8 @@ class VLLMEngine:
             placement |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _served_rank(lora.rank)}
         if record_experts:
             placement |= engine_arguments()
+        if config.cache_block_tokens is not None:
+            placement["block_size"] = config.cache_block_tokens
         self._llm = LLM(
             path,
             revision=revision,
@@ -74,6 +76,8 @@ class VLLMEngine:
         self._stop_token_id, self._decode = stop_token_id, decode
         self._experts = ExpertRecorder(self._llm) if record_experts else None
         self.policy_version = 0
+        self.reused_prompt_tokens = 0
+        """Prompt tokens that the prefix cache held so far; exact where samples_per_prompt is 1, else of one sample of each prompt."""
         self.lora, self._adapter, self._num_adapters = lora, None, 0
         memory = "/dev/shm"  # noqa: S108 - an adapter is handed over as files, which need not reach a disk
         self._adapter_folder = lora and tempfile.TemporaryDirectory(dir=memory if os.path.isdir(memory) else None)
@@ -101,6 +105,7 @@ class VLLMEngine:
                 use_tqdm=False,
                 lora_request=self._adapter,
             )
+        self.reused_prompt_tokens += sum(output.num_cached_tokens or 0 for output in outputs)
         return [
             self._rollout(prompt, output, sample)
             for prompt, output in zip(prompts, outputs, strict=True)

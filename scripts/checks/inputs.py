@@ -27,12 +27,12 @@ from rlhf.config import (
     Evaluate,
     EvaluateProcess,
     GSM8KSource,
+    ModelReward,
     Offline,
     Online,
     PrepareData,
     ProcessRewardModel,
     RewardModel,
-    RewardModelReward,
     RuleReward,
 )
 from rlhf.models import check_model_path, load_tokenizer
@@ -77,7 +77,7 @@ def model_folders(config: Config) -> list[tuple[str, str]]:
         found.append(("reference.path", config.reference.path))
     if isinstance(config, PPO):
         found.append(("critic.path", config.critic.path))
-    found += [(f"rewards.{r.name}.path", r.path) for r in config.rewards if isinstance(r, RewardModelReward)]
+    found += [(f"rewards.{r.name}.path", r.path) for r in config.rewards if isinstance(r, ModelReward)]
     return found
 
 

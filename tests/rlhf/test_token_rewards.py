@@ -10,6 +10,7 @@ from rlhf.advantages import (
     ADVANTAGES,
     generalised_advantages,
     normalised_steps,
+    softmin_rewards,
     sum_of_future,
     token_rewards,
     whitened,
@@ -107,6 +108,26 @@ def test_two_steps_that_end_at_the_same_token_both_count():
 def test_a_step_beyond_the_end_of_its_sequence_is_a_bug():
     with pytest.raises(AssertionError, match="^a step ends behind the last trained token of its sequence"):
         sum_of_future(torch.tensor([1.0]), torch.tensor([0]), torch.tensor([2]), torch.tensor([2, 5]))
+
+
+def test_the_soft_minimum_by_hand():
+    # T = 1 / ln 2 makes exp(-r / T) = 2 ** -r: weights 1/2, 1, 1/4 of a sum of 7/4, and one step alone keeps its reward
+    rewards, samples = torch.tensor([1.0, 0.0, 2.0, -3.0]), torch.tensor([1, 1, 1, 0])
+    got = softmin_rewards(rewards, samples, 3, temperature=1 / math.log(2))
+    assert_close(got, torch.tensor([2 / 7, 0.0, 2 / 7, -3.0]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_cold_minimum_is_the_worst_step_for_every_token_up_to_it_and_nothing_behind(scale):
+    rewards, samples = scale * torch.tensor([0.9, -0.8, 0.7, 0.6]), torch.tensor([0, 0, 0, 1])
+    soft = softmin_rewards(rewards, samples, 2, temperature=1e-3 * scale)
+    got = sum_of_future(soft, samples, torch.tensor([1, 2, 4, 0]), torch.tensor([5, 2]))
+    assert_close(got, scale * torch.tensor([-0.8, -0.8, -0.8, 0.0, 0.0, 0.6, 0.0]))
+
+
+def test_equal_steps_share_their_reward_and_no_reward_of_theirs_is_counted_twice():
+    got = softmin_rewards(torch.full((4,), 0.5), torch.tensor([0, 0, 0, 0]), 1, temperature=0.1)
+    assert_close(got, torch.full((4,), 0.125))
 
 
 # ------------------------------------------------------------------------------------------------------------------------ PPO
