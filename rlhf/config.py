@@ -490,6 +490,73 @@ class RewardModelReward(Section):
     every forward pass, whatever its own rollouts. Without ZeRO-3 both are whole."""
 
 
+class Endpoint(Section):
+    """A server of someone else's, over HTTP."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
+    key_variable: str | None = None
+    """Environment variable that holds the API key."""
+    concurrency: PositiveInt = 16
+    """Requests under way at once, per rank."""
+    attempts: PositiveInt = 5
+    """Of a request that fails by no fault of ours: no connection, overload, an internal error, no answer in time."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """For the whole answer to an attempt, not for its next byte."""
+
+
+class JudgeModel(Endpoint):
+    """A language model behind an OpenAI-compatible server (`url` up to and including `/v1`) that judges completions by a rubric."""
+
+    model: str | None = None
+    """What the server calls the model; by default the only one it lists."""
+    rubric: str | None = None
+    """What makes an answer good, in words; a general rubric by default."""
+    rubric_file: str | None = None
+    """The same as a text file."""
+    scale: tuple[int, int] = (1, 10)
+    """Worst and best whole number; the reward is where between them the score lies, from 0 to 1."""
+    show_reference: bool = True
+    """Whether the judge sees the reference answer, where there is one."""
+    explanation_chars: Annotated[int, Field(ge=0)] = 300
+    """Of the sentence that the judge writes before its verdict; 0 for none."""
+    max_tokens: PositiveInt = 512
+    """Of a verdict. One that is cut by it is undecided."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """How the server is told the form of a verdict. It is checked here in any case."""
+    cache: str | None = None
+    """SQLite file of the verdicts, which several processes may share; on a local disk."""
+
+    @model_validator(mode="after")
+    def _rubric_once(self) -> JudgeModel:
+        if self.rubric is not None and self.rubric_file is not None:
+            raise ValueError("rubric and rubric_file are both set; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _scale_in_order(self) -> JudgeModel:
+        low, high = self.scale
+        if not low < high <= low + 100:
+            raise ValueError(f"scale is {low} to {high}; give the worst score first and the best at most 100 above it")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_the_explanation(self) -> JudgeModel:
+        least = 16 + self.explanation_chars // 4
+        if self.max_tokens < least:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}, too few for a verdict with explanation_chars {self.explanation_chars}; set it to {least} or more"
+            )
+        return self
+
+
+class JudgeReward(JudgeModel):
+    """A language model as judge; its score, from 0 to 1, times `weight`. What it does not decide is undecided."""
+
+    name: Literal["judge"]
+    weight: float = 1.0
+
+
 class Reference(Section):
     """What the KL penalty refers to."""
 
