@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -92,8 +92,12 @@ class ChatRenderer:
         chosen, rejected = (self.response_ids(self.completion(r)) for r in (pair.chosen, pair.rejected))
         return prompt, chosen, rejected
 
-    def prompt(self, id: str, question: str, reference: str) -> Prompt:
-        return Prompt(id=id, token_ids=tuple(self.prompt_ids(question)), question=question, reference=reference)
+    def prompt(
+        self, id: str, question: str, reference: str, columns: Mapping[str, str | int | float] | None = None
+    ) -> Prompt:
+        """A question as the policy sees it, with the reference answer and what else the data says of it."""
+        token_ids = tuple(self.prompt_ids(question))
+        return Prompt(id=id, token_ids=token_ids, question=question, reference=reference, columns=columns or {})
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion without its stop token; every other token stays visible."""

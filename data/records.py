@@ -36,6 +36,12 @@ class Problem:
         if self.pass_rate is not None and not 0 <= self.pass_rate <= 1:
             raise ValueError(f"field 'pass_rate' must be between 0 and 1, got {self.pass_rate}")
 
+    @property
+    def columns(self) -> dict[str, str | int | float]:
+        """What rewards may depend on and be audited by."""
+        measured = {} if self.pass_rate is None else {"pass_rate": self.pass_rate}
+        return {"level": self.level, "subject": self.subject, **measured}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:

@@ -1,19 +1,38 @@
-"""Several reward components added up, with the weights of the recipe."""
+"""The reward of a recipe: named components, each with its own scale, clip, weight, applicability and gates.
+
+    raw ─ / scale ─ clip ─ gates ─▶ scaled ─ x weight ─▶ weighted ─ sum ─▶ value of the completion
+
+Three things are kept apart: a component that is **undecided** (None: a judge that is down, a time-out) leaves the completion without a
+value, and with it its group out of the update; one that does **not apply** is missing, and has no influence where samples are compared;
+one whose **gate** is closed counts as 0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 
 from reward_models.grading import Grade, GraderPool, grade
 from reward_models.grading.pool import Case
+from reward_models.judge import Judge
 from reward_models.outcome import OutcomeModel
-from reward_models.verifiable import Component, find_rule, overlong
-from rlhf.config import Online, RewardModelReward
+from reward_models.verifiable import Component, Value, find_rule, overlong
+from rlhf.config import Applies, JudgeReward, Online, Reward, RewardComponent, RewardModelReward, RuleReward, nearest
 from rlhf.distributed import loaded_whole
-from rlhf.types import Rollout, Score, StepReward
+from rlhf.types import Prompt, Rollout, Score, StepReward, Verdict
+
+BatchComponent = Callable[[Sequence[Rollout]], Sequence[Value]]
+"""Scores a list of rollouts, in order: what every component of a reward comes down to. None is undecided, never 0.
+
+It is called once for each list of rollouts on every rank, be it with none, so that one whose ranks work together is in step."""
+
+
+def each(rule: Component, *, prefill: str = "") -> BatchComponent:
+    """A rule for single rollouts as a component; `prefill` is what the chat template writes at the start of the assistant's turn."""
+    return lambda rollouts: [rule(rollout, prefill + rollout.text) for rollout in rollouts]
 
 
 def judge_here(cases: Sequence[Case]) -> list[Grade]:
@@ -22,89 +41,157 @@ def judge_here(cases: Sequence[Case]) -> list[Grade]:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A component and how it enters the sum."""
+
+    options: RewardComponent
+    component: BatchComponent | None = None
+    """None for correctness, which is the grader's verdict."""
+
+
+@dataclass(frozen=True, slots=True)
 class CompositeReward:
     """The reward function of a recipe.
 
-    A rollout whose correctness is undecided, or for which any component has no value, is undecided as a whole.
+    A rollout whose correctness is undecided, or for which a component that counts has no value, is undecided as a whole.
     """
 
-    rules: dict[str, tuple[Component, float]]
-    """Name to (component, weight)."""
-    models: dict[str, tuple[Callable[[Sequence[Rollout]], list[float]], float]]
-    """Name to (batch scorer, weight)."""
+    parts: Mapping[str, Part]
     prefill: str = ""
     """What the chat template writes at the start of the assistant's turn; part of what a reader of the completion sees."""
     truncated_is_wrong: bool = True
     """A completion cut by max_new_tokens earns no correctness, even when a boxed answer stands in it."""
     judge: Callable[[Sequence[Case]], list[Grade]] = judge_here
+    batch: int = 1
+    """Number of the rollout batch, which the weights' schedules go by."""
+
+    def at(self, batch: int) -> CompositeReward:
+        """The same with the weights of another rollout batch."""
+        return replace(self, batch=batch)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        learned = {name: score(rollouts) for name, (score, _) in self.models.items()}
         judged = self.judge([(self.prefill + r.text, r.prompt.reference) for r in rollouts])
+        verdicts = [self._verdict(r, g) for r, g in zip(rollouts, judged, strict=True)]
+        columns = {name: _values(part, rollouts, verdicts) for name, part in self.parts.items()}
         return [
-            self._score(rollout, judged[i], {name: values[i] for name, values in learned.items()})
+            self._score(rollout, verdicts[i], judged[i], {name: of[i] for name, of in columns.items() if i in of})
             for i, rollout in enumerate(rollouts)
         ]
 
-    def _score(self, rollout: Rollout, judged: Grade, learned: dict[str, float]) -> Score:
-        text = self.prefill + rollout.text
-        verdict = (
-            "wrong"
-            if self.truncated_is_wrong and rollout.finish_reason == "length" and judged.verdict == "correct"
-            else judged.verdict
-        )
-        if verdict == "undecided":
-            return Score(verdict="undecided", value=None, reason=f"{judged.reason} of {rollout.prompt.id}")
-        values = {
-            name: float(verdict == "correct") if name == "correctness" else rule(rollout, text)
-            for name, (rule, _) in self.rules.items()
-        }
-        missing = [name for name, value in values.items() if value is None]
-        if missing:
-            return Score(
-                verdict="undecided", value=None, reason=f"{', '.join(missing)} gave no value for {rollout.prompt.id}"
-            )
-        given = {name: value for name, value in values.items() if value is not None} | learned
-        weights = {name: weight for name, (_, weight) in (self.rules | self.models).items()}
+    def _verdict(self, rollout: Rollout, judged: Grade) -> Verdict:
+        cut = self.truncated_is_wrong and rollout.finish_reason == "length" and judged.verdict == "correct"
+        return "wrong" if cut else judged.verdict
+
+    def _score(self, rollout: Rollout, verdict: Verdict, judged: Grade, values: Mapping[str, Value]) -> Score:
+        weights = {name: weight_at(part.options, self.batch) for name, part in self.parts.items()}
+        components = {name: _total(value) for name, value in values.items() if _decided(value)}
+        missing = [name for name in values if name not in components and name in self._counting(weights)]
+        if verdict == "undecided" or missing:
+            reason = judged.reason if verdict == "undecided" else f"{', '.join(missing)} gave no value"
+            reason = f"{reason} of {rollout.prompt.id}"
+            return Score(verdict="undecided", value=None, components=components, weights=weights, reason=reason)
+        scaled: dict[str, float] = {}
+        steps: list[StepReward] = []
+        for name in components:
+            value, options = values[name], self.parts[name].options
+            is_open = all(components.get(g.component, -math.inf) >= g.at_least for g in options.gates)
+            if isinstance(value, Sequence):
+                of_steps = [(step.position, _shaped(step.value, options) if is_open else 0.0) for step in value]
+                steps += [StepReward(position, weights[name] * of_step, name) for position, of_step in of_steps]
+            else:
+                scaled[name] = _shaped(components[name], options) if is_open else 0.0
         return Score(
             verdict=verdict,
-            value=sum(weights[name] * value for name, value in given.items() if isinstance(value, float | int)),
-            components={
-                name: float(value) if isinstance(value, float | int) else sum(step.value for step in value)
-                for name, value in given.items()
-            },
-            steps=tuple(
-                StepReward(step.position, weights[name] * step.value)
-                for name, value in given.items()
-                if not isinstance(value, float | int)
-                for step in value
-            ),
+            value=sum(weights[name] * value for name, value in scaled.items()),
+            components=components,
+            scaled=scaled,
+            weights=weights,
+            steps=tuple(steps),
             reason=judged.reason,
         )
+
+    def _counting(self, weights: Mapping[str, float]) -> set[str]:
+        """Components without which there is no reward: those of some weight, and those their gates look at."""
+        weighty = {name for name in self.parts if weights[name] != 0}
+        return weighty | {gate.component for name in weighty for gate in self.parts[name].options.gates}
+
+
+def _values(part: Part, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> dict[int, Value]:
+    """Raw values of the rollouts that a component applies to, by their place. Undecided ones are not scored: they earn nothing anyway."""
+    rows = [
+        i
+        for i, (rollout, verdict) in enumerate(zip(rollouts, verdicts, strict=True))
+        if verdict != "undecided" and applies(part.options.applies, rollout.prompt, verdict)
+    ]
+    if part.component is None:
+        return {i: float(verdicts[i] == "correct") for i in rows}
+    return dict(zip(rows, part.component([rollouts[i] for i in rows]), strict=True))
+
+
+def applies(condition: Applies, prompt: Prompt, verdict: Verdict) -> bool:
+    """Whether a component judges a completion of this prompt with this verdict."""
+    if condition.verdict is not None and condition.verdict != verdict:
+        return False
+    for column, wanted in condition.columns.items():
+        value = prompt.columns.get(column, "")
+        if (value not in wanted) if wanted else (value == ""):
+            return False
+    return True
+
+
+def weight_at(options: RewardComponent, batch: int) -> float:
+    """The weight of a component in rollout batch number `batch`, from 1: a function of its arguments, so that a resumed run repeats it.
+
+    w = weight + (to - weight) clip((batch - first) / (last - first), 0, 1)
+    """
+    schedule = options.schedule
+    if schedule is None:
+        return options.weight
+    way = (batch - schedule.first_batch) / (schedule.last_batch - schedule.first_batch)
+    return options.weight + (schedule.to - options.weight) * min(max(way, 0.0), 1.0)
+
+
+def _shaped(raw: float, options: RewardComponent) -> float:
+    value = raw / options.scale
+    return value if options.clip is None else min(max(value, -options.clip), options.clip)
+
+
+def _total(value: Value) -> float:
+    assert value is not None
+    return sum(step.value for step in value) if isinstance(value, Sequence) else float(value)
+
+
+def _decided(value: Value) -> bool:
+    """Whether there is a value; one that is not finite is a failure of what computed it."""
+    return value is not None and math.isfinite(_total(value))
 
 
 def build_reward(
     config: Online, *, prefill: str, device: str, accelerator: Accelerator | None = None
 ) -> CompositeReward:
     """The reward function of a recipe, its models loaded: whole, or sharded over the ranks of `accelerator` where the recipe says so."""
-    rules: dict[str, tuple[Component, float]] = {}
-    models: dict[str, tuple[Callable[[Sequence[Rollout]], list[float]], float]] = {}
-    for reward in config.rewards:
+
+    def component(reward: Reward) -> BatchComponent | None:
         if isinstance(reward, RewardModelReward):
-            model = _load(reward, device, accelerator)
-            models[reward.name] = (model.scorer(clip=reward.clip, batch_size=reward.batch_size), reward.weight)
-        elif reward.buffer_tokens is not None:
-            rule = overlong(max_tokens=config.rollout.max_new_tokens, buffer_tokens=reward.buffer_tokens)
-            rules[reward.name] = (rule, reward.weight)
-        else:
-            rules[reward.name] = (find_rule(reward.name), reward.weight)
+            return _load(reward, device, accelerator).scorer(clip=math.inf, batch_size=reward.batch_size)
+        if isinstance(reward, JudgeReward):
+            return Judge(reward.judge, key=f"rewards.{reward.name}.judge").connect().scorer(prefill=prefill)
+        return None if reward.kind == "correctness" else each(_rule(reward, config), prefill=prefill)
+
     pool = GraderPool(
         workers=config.grader.workers,
         timeout=config.grader.timeout_seconds,
         memory_mb=config.grader.memory_mb,
         accept=config.grader.accept,
     )
-    return CompositeReward(rules, models, prefill, config.algorithm.truncated == "wrong", pool.grade_many)
+    parts = {reward.name: Part(reward, component(reward)) for reward in config.rewards}
+    return CompositeReward(parts, prefill, config.algorithm.truncated == "wrong", pool.grade_many)
+
+
+def _rule(reward: RuleReward, config: Online) -> Component:
+    if reward.buffer_tokens is not None:
+        return overlong(max_tokens=config.rollout.max_new_tokens, buffer_tokens=reward.buffer_tokens)
+    return find_rule(reward.kind)
 
 
 def _load(reward: RewardModelReward, device: str, accelerator: Accelerator | None) -> OutcomeModel:
@@ -114,6 +201,27 @@ def _load(reward: RewardModelReward, device: str, accelerator: Accelerator | Non
         return OutcomeModel.load(reward.path, device=device).shard(accelerator)
     with loaded_whole(accelerator):
         return OutcomeModel.load(reward.path, device=device)
+
+
+def require_columns(config: Online, prompts: Sequence[Prompt]) -> None:
+    """Raise when a component applies by a column that the problems do not have, or by values that none of them has.
+
+    Raises:
+        ValueError: naming the component and the column.
+    """
+    for reward in config.rewards:
+        for column in reward.applies.columns:
+            known = sorted({name for prompt in prompts for name in prompt.columns})
+            if column not in known:
+                raise ValueError(
+                    f"rewards.{reward.name}.applies.columns names {column!r}, which the problems do not have; {nearest(column, known)}"
+                )
+        only_columns = reward.applies.model_copy(update={"verdict": None})
+        if not any(applies(only_columns, prompt, "correct") for prompt in prompts):
+            raise ValueError(
+                f"rewards.{reward.name}.applies.columns is {reward.applies.columns}, and none of the {len(prompts)} problems is like that; "
+                "correct the values"
+            )
 
 
 def require_reachable(reward: CompositeReward, references: Sequence[Rollout]) -> None:
@@ -127,8 +235,10 @@ def require_reachable(reward: CompositeReward, references: Sequence[Rollout]) ->
     for rollout, score in zip(references, reward(references), strict=True):
         short = {
             name: score.components.get(name)
-            for name in reward.rules
-            if name in ("correctness", "format") and score.components.get(name) != 1.0
+            for name, part in reward.parts.items()
+            if part.options.kind in ("correctness", "format")
+            and (name in score.components or score.value is None)
+            and score.components.get(name) != 1.0
         }
         if short:
             parts = ", ".join(

@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 
 from reward_models.grading import grade
 from rlhf.types import Rollout, StepReward
+from rlhf.watch import repeated_share
 
-Component = Callable[[Rollout, str], float | Sequence[StepReward] | None]
-"""(rollout, text) -> value of the whole completion, or of its steps. `text` is the completion with what the chat template wrote of it
+Value = float | Sequence[StepReward] | None
+"""Of a whole completion, or of its steps; None where it cannot be told."""
+Component = Callable[[Rollout, str], Value]
+"""(rollout, text) -> value of one completion. `text` is the completion with what the chat template wrote of it
 already, such as an open `<think>`."""
 
 _FORMAT = re.compile(r"<think>.*?</think>\s*[^<]*\\boxed\{[^<]*\}\s*", re.DOTALL)
@@ -55,7 +58,17 @@ def overlong(*, max_tokens: int, buffer_tokens: int) -> Component:
     return component
 
 
-RULES: dict[str, Component] = {"correctness": correctness, "format": format_followed, "length": brevity}
+def repetition(rollout: Rollout, text: str) -> float | None:
+    """Minus the share of the completion's n-grams of tokens that stood in it before: a punishment in [-1, 0]."""
+    return -repeated_share(rollout.token_ids)
+
+
+RULES: dict[str, Component] = {
+    "correctness": correctness,
+    "format": format_followed,
+    "length": brevity,
+    "repetition": repetition,
+}
 
 
 def find_rule(name: str) -> Component:

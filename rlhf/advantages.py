@@ -62,15 +62,67 @@ def group_baseline(rewards: Tensor, *, scale_by_std: bool) -> Tensor:
     return centered / (centered.std() + STD_FLOOR) if scale_by_std else centered
 
 
-def normalised_components(components: Tensor, weights: Tensor) -> Tensor:
-    """GDPO (https://arxiv.org/abs/2601.05242): [P, G, K], [K] -> [P, G]: each reward is compared within its group before they are added.
+def normalised_components(components: Tensor, weights: Tensor, applies: Tensor | None = None) -> Tensor:
+    """GDPO (https://arxiv.org/abs/2601.05242): [P, G, K], [K], [P, G, K] -> [P, G]: each reward is compared within its group before they
+    are added.
 
-        A = whiten_batch( sum_k w_k (r_k - mean_group(r_k)) / (std_group(r_k) + 1e-4) )
+        A = whiten_batch( sum_k w_k normalised_deviations_k )
 
-    A component that is large, or varies a lot, no longer drowns the others.
+    A component that is large, or varies a lot, no longer drowns the others: A does not depend on its unit.
     """
-    per_component = torch.stack([group_relative(r, scale_by_std=True) for r in components.unbind(2)], 2)
-    return batch_normalised((per_component * weights).sum(2), scale_by_std=True)
+    return batch_normalised((normalised_deviations(components, applies) * weights).sum(2), scale_by_std=True)
+
+
+def normalised_deviations(components: Tensor, applies: Tensor | None = None) -> Tensor:
+    """[P, G, K], [P, G, K] -> [P, G, K]: how many standard deviations of its group a component is above the group's mean.
+
+        d = (r - mean(r)) / (std(r) + 1e-4 max|r|)    mean and std (divisor n - 1) over the completions it applies to, max over the batch
+
+    The papers add 1e-4 as it is, which makes the result depend on the component's unit; here a component that varies by less than a ten
+    thousandth of its size is rounding. For components in [0, 1] it is the same.
+    """
+    applies = torch.ones_like(components, dtype=torch.bool) if applies is None else applies
+    deviations = component_deviations(components, applies)
+    others = (applies.sum(1, keepdim=True) - 1).clamp(min=1)
+    largest = components.masked_fill(~applies, 0.0).abs().amax((0, 1))
+    return deviations / (
+        (deviations.square().sum(1, keepdim=True) / others).sqrt() + STD_FLOOR * largest.where(largest > 0, 1.0)
+    )
+
+
+def component_deviations(components: Tensor, applies: Tensor) -> Tensor:
+    """[P, G, K], [P, G, K] -> [P, G, K]: each value minus the mean of those of its group that the component applies to.
+
+    0 where it does not apply, and exactly 0 where these values are all equal.
+    """
+    count = applies.sum(1, keepdim=True).clamp(min=1)
+    values = components.masked_fill(~applies, 0.0)
+    lowest = components.masked_fill(~applies, torch.inf).amin(1, keepdim=True)
+    highest = components.masked_fill(~applies, -torch.inf).amax(1, keepdim=True)
+    return (values - values.sum(1, keepdim=True) / count).masked_fill(~applies | (lowest == highest), 0.0)
+
+
+def filled_components(components: Tensor, applies: Tensor, *, over_batch: bool = False) -> Tensor:
+    """[P, G, K], [P, G, K] -> [P, G, K]: where a component does not apply, the mean of the values it has in the group, or in the batch.
+
+    So it neither helps nor harms there when completions are compared with these. 0 where it has none.
+    """
+    dims = (0, 1) if over_batch else (1,)
+    values = components.masked_fill(~applies, 0.0)
+    means = values.sum(dims, keepdim=True) / applies.sum(dims, keepdim=True).clamp(min=1)
+    return torch.where(applies, components, means)
+
+
+def variance_shares(contributions: Tensor) -> tuple[Tensor, Tensor]:
+    """Which component drives an update: [P, G, K] -> [K], [], to be divided after both were summed over ranks.
+
+        share_k = sum c_k t / sum t²    t = sum_k c_k
+
+    the covariance of a component's deviations with their total over the total's variance, within groups. The shares add up to 1; one that
+    works against the others is negative.
+    """
+    total = contributions.sum(2, keepdim=True)
+    return (contributions * total).sum((0, 1)), total.square().sum()
 
 
 def _centered(rewards: Tensor, name: str) -> Tensor:

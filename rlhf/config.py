@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from rlhf.metrics import MEANING
 
@@ -457,33 +457,87 @@ class RewardModel(Section):
 # ------------------------------------------------------------------------------------------------------------------------ grpo
 
 
-class RuleReward(Section):
+class WeightSchedule(Section):
+    """A component's weight moves in a straight line to another one, by the number of the rollout batch: from 1, as in metrics.jsonl."""
+
+    to: float
+    first_batch: PositiveInt = 1
+    """Up to it, it is the component's `weight`."""
+    last_batch: PositiveInt
+    """From it on, it is `to`."""
+
+    @model_validator(mode="after")
+    def _batches_in_order(self) -> WeightSchedule:
+        if self.first_batch >= self.last_batch:
+            raise ValueError(
+                f"first_batch is {self.first_batch} and last_batch is {self.last_batch}; the weight moves between them, so raise last_batch"
+            )
+        return self
+
+
+class Applies(Section):
+    """Which completions a component judges. Elsewhere it is missing, which is no 0: it stays out of its group's mean and standard deviation,
+    and neither helps nor harms the completion in the comparison. With a critic, which compares nothing, it adds nothing."""
+
+    verdict: Literal["correct", "wrong"] | None = None
+    columns: dict[str, tuple[str | int | float, ...]] = {}
+    """Column of the problems, such as subject or level, to the values it may have; without any, all but empty ones."""
+
+
+class Gate(Section):
+    """A component counts as 0 where another one's raw value is too small, or missing."""
+
+    component: str
+    at_least: float = 1.0
+
+
+class RewardComponent(Section):
+    """A named part of the reward. It adds weight x clip(raw / scale) to the total, where it applies and its gates are open."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.:-]+$")]
+    """Of its metrics; two components may be of the same kind."""
+    kind: str
+    """What it is; the same as the name by default."""
+    weight: float = 1.0
+    schedule: WeightSchedule | None = None
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Raw values are divided by it."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Values are kept between -clip and clip, after the division."""
+    applies: Applies = Applies()
+    gates: tuple[Gate, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_is_the_name(cls, raw: Any) -> Any:
+        return {"kind": raw["name"], **raw} if isinstance(raw, dict) and "name" in raw else raw
+
+
+class RuleReward(RewardComponent):
     """A rule, or any function `my_package.module:name` with the signature of a reward component."""
 
-    name: Annotated[str, Field(pattern=r"^(correctness|format|length|overlong|[\w.]+:\w+)$")]
-    weight: float = 1.0
+    kind: Annotated[str, Field(pattern=r"^(correctness|format|length|overlong|repetition|[\w.]+:\w+)$")]
     buffer_tokens: PositiveInt | None = None
     """Of `overlong`: the last tokens before rollout.max_new_tokens, over which the punishment grows from 0 to -1."""
 
     @model_validator(mode="after")
     def _buffer_belongs_to_overlong(self) -> RuleReward:
-        if (self.name == "overlong") != (self.buffer_tokens is not None):
+        if (self.kind == "overlong") != (self.buffer_tokens is not None):
             raise ValueError(
                 "reward overlong has no buffer_tokens; say over how many of the last tokens the punishment grows, DAPO takes a fifth of the longest length"
-                if self.name == "overlong"
-                else f"reward {self.name} has buffer_tokens {self.buffer_tokens}, which only overlong reads; remove it"
+                if self.kind == "overlong"
+                else f"reward {self.kind} has buffer_tokens {self.buffer_tokens}, which only overlong reads; remove it"
             )
         return self
 
 
-class RewardModelReward(Section):
-    """A trained outcome reward model; its score is standardised by its held-out statistics, clipped and scaled by `weight`."""
+class RewardModelReward(RewardComponent):
+    """A trained outcome reward model; its raw value is the score standardised by its held-out statistics."""
 
-    name: Literal["reward_model"]
-    weight: float = 1.0
+    kind: Literal["reward_model"]
     path: str
-    clip: Annotated[float, Field(gt=0)] = 3.0
-    """Standard deviations beyond which a score no longer grows."""
+    clip: Annotated[float, Field(gt=0)] | None = 3.0
+    """Standard deviations, with a scale of 1, beyond which a score no longer grows."""
     batch_size: PositiveInt = 64
     placement: Literal["whole", "sharded"] = "whole"
     """`whole` on every rank, or, under ZeRO-3, `sharded` over the ranks, for a model that does not fit onto one: every rank then takes part in
@@ -550,11 +604,29 @@ class JudgeModel(Endpoint):
         return self
 
 
-class JudgeReward(JudgeModel):
-    """A language model as judge; its score, from 0 to 1, times `weight`. What it does not decide is undecided."""
+class JudgeReward(RewardComponent):
+    """A language model as judge; its raw value is the score from 0 to 1. What it does not decide is undecided."""
 
-    name: Literal["judge"]
-    weight: float = 1.0
+    kind: Literal["judge"]
+    judge: JudgeModel
+
+
+REWARD_CLASSES = {"reward_model": "RewardModelReward", "judge": "JudgeReward"}
+"""Kinds of component that are no rules, and their classes."""
+
+
+def _reward_class(raw: Any) -> str:
+    """Name of the class of an entry of `rewards`; what is nothing else is a rule."""
+    get = raw.get if isinstance(raw, dict) else lambda key: getattr(raw, key, None)
+    return REWARD_CLASSES.get(get("kind") or get("name"), "RuleReward")
+
+
+Reward = Annotated[
+    Annotated[RewardModelReward, Tag("RewardModelReward")]
+    | Annotated[JudgeReward, Tag("JudgeReward")]
+    | Annotated[RuleReward, Tag("RuleReward")],
+    Discriminator(_reward_class),
+]
 
 
 class Reference(Section):
@@ -822,7 +894,7 @@ class Online(Section):
     demonstrations: str
     """Reference solutions: before training they must earn the full reward, and after each weight push both sides score some of them."""
     rollout: OnlineRollout
-    rewards: Annotated[tuple[RewardModelReward | RuleReward, ...], Field(min_length=1)]
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     grader: Grader = Grader()
     algorithm: Algorithm
     training: OnlineTraining
@@ -892,18 +964,28 @@ class Online(Section):
         for reward in self.rewards:
             if isinstance(reward, RuleReward) and (reward.buffer_tokens or 0) > self.rollout.max_new_tokens:
                 raise ValueError(
-                    f"rewards.overlong.buffer_tokens is {reward.buffer_tokens}, more than rollout.max_new_tokens {self.rollout.max_new_tokens}; "
+                    f"rewards.{reward.name}.buffer_tokens is {reward.buffer_tokens}, more than rollout.max_new_tokens {self.rollout.max_new_tokens}; "
                     "every completion would be punished: lower it"
                 )
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
-            raise ValueError(f"rewards name the same component twice: {', '.join(names)}; merge them into one weight")
+            raise ValueError(
+                f"rewards name the same component twice: {', '.join(names)}; merge them, or give each a name and say under kind what it is"
+            )
+        for reward in self.rewards:
+            for gate in reward.gates:
+                if gate.component not in names or gate.component == reward.name:
+                    raise ValueError(
+                        f"rewards.{reward.name}.gates names {gate.component!r}, which is "
+                        + ("the component itself" if gate.component == reward.name else nearest(gate.component, names))
+                        + "; name another component of rewards"
+                    )
         metrics = [*MEANING, *(f"reward/{name}" for name in names)]
         if self.training.keep_best is not None and self.training.keep_best not in metrics:
             raise ValueError(
                 f"training.keep_best is {self.training.keep_best!r}, which is no metric; {nearest(self.training.keep_best, metrics)}"
             )
-        if "correctness" not in names:
+        if not any(reward.name == reward.kind == "correctness" for reward in self.rewards):
             raise ValueError(
                 f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported"
             )

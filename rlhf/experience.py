@@ -10,11 +10,15 @@ from torch import Tensor
 
 from rlhf.advantages import (
     ADVANTAGES,
+    component_deviations,
+    filled_components,
     generalised_advantages,
     normalised_components,
+    normalised_deviations,
     normalised_steps,
     sum_of_future,
     token_rewards,
+    variance_shares,
     whitened,
 )
 from rlhf.config import GRPO, PPO, Online
@@ -105,6 +109,33 @@ def estimate(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ComponentTable:
+    """The components of whole completions of P groups of G."""
+
+    names: tuple[str, ...]
+    scaled: Tensor
+    """[P, G, K] before the weights; 0 where a component does not apply."""
+    weights: Tensor
+    """[K]"""
+    applies: Tensor
+    """[P, G, K] False where a component is missing."""
+
+    @classmethod
+    def of(cls, scores: Sequence[Score], size: int) -> ComponentTable:
+        """Of scores that lie group by group; those of undecided completions are missing."""
+        weights = {name: score.weights[name] for score in scores for name in score.scaled}
+        rows = [[score.scaled.get(name, 0.0) for name in weights] for score in scores]
+        applies = [[name in score.scaled for name in weights] for score in scores]
+        shape = (-1, size, len(weights)) if weights else (len(scores) // size, size, 0)
+        return cls(
+            tuple(weights),
+            torch.tensor(rows).view(shape),
+            torch.tensor(list(weights.values())),
+            torch.tensor(applies, dtype=torch.bool).view(shape),
+        )
+
+
 def _decided(scores: Sequence[Score], size: int) -> Tensor:
     """[P] True for groups in which every completion was judged."""
     return ~torch.tensor([score.value is None for score in scores]).view(-1, size).any(1)
@@ -120,15 +151,20 @@ def sequence_advantages(scores: Sequence[Score], config: GRPO, penalties: Sequen
     advantages = torch.zeros(len(scores)).view(-1, size)
     if not decided.any():
         return advantages.flatten()
+    table = ComponentTable.of(scores, size)
     if algorithm.normalise_components:
-        weights = torch.tensor([reward.weight for reward in config.rewards])
-        rows = [
-            [score.components[r.name] if score.value is not None else 0.0 for r in config.rewards] for score in scores
-        ]
-        components = torch.tensor(rows).view(-1, size, len(config.rewards))
-        advantages[decided] = normalised_components(components[decided], weights)
+        if not table.names:
+            raise ValueError(
+                "algorithm.normalise_components compares components and the reward function's scores have none (Score.scaled, Score.weights); "
+                "set it to false"
+            )
+        advantages[decided] = normalised_components(table.scaled[decided], table.weights, table.applies[decided])
     else:
         rewards = torch.tensor([score.value or 0.0 for score in scores])
+        if not table.applies[decided].all():  # a sum that lacks a part is no smaller reward
+            over_batch = algorithm.advantage == "batch_normalised"
+            weighted = filled_components(table.scaled * table.weights, table.applies, over_batch=over_batch)
+            rewards = weighted.sum(2).flatten()
         rewards = (rewards - torch.tensor(penalties) if penalties is not None else rewards).view(-1, size)
         estimator = ADVANTAGES[algorithm.advantage]
         advantages[decided] = estimator(rewards[decided], scale_by_std=algorithm.scale_by_std)
@@ -222,6 +258,8 @@ def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metr
             for name, value in score.components.items():
                 if name != "correctness":
                     metrics.add(f"reward/{name}", total=value, count=1)
+            for name, value in score.weighted.items():
+                metrics.add(f"weighted/{name}", total=value, count=1)
     for start in range(0, len(scores), group_size):
         group = scores[start : start + group_size]
         values = [score.value for score in group if score.value is not None]
@@ -230,8 +268,21 @@ def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metr
             metrics.add("reward/groups_with_signal", total=has_signal(group), count=1)
 
 
-def describe_advantages(experience: Experience, metrics: Metrics) -> None:
+def describe_advantages(experience: Experience, metrics: Metrics, config: Online) -> None:
+    """Metrics of what is trained on: the advantages, and which component of the reward they come from."""
     trained = [a for a, t in zip(experience.advantages, experience.trained, strict=True) if t]
     flat = torch.cat([torch.zeros(0), *trained])
     metrics.add("advantage/magnitude", total=flat.abs().sum().item(), count=len(flat))
     metrics.add("advantage/positive", total=(flat > 0).sum().item(), count=len(flat))
+    # with a critic, completions are compared with all others
+    size = config.rollout.samples_per_prompt if isinstance(config, GRPO) else max(len(experience.scores), 1)
+    table = ComponentTable.of(experience.scores, size)
+    kept = _decided(experience.scores, size)
+    applies, scaled = table.applies[kept], table.scaled[kept]
+    if isinstance(config, GRPO) and config.algorithm.normalise_components:
+        contributions = normalised_deviations(scaled, applies) * table.weights
+    else:
+        contributions = component_deviations(scaled * table.weights, applies)
+    shares, whole = variance_shares(contributions)
+    for name, share in zip(table.names, shares.tolist(), strict=True):
+        metrics.add(f"variance_share/{name}", total=share, count=whole.item())

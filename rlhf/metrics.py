@@ -56,7 +56,9 @@ MEANING = {
     "share/sync": "part that went into pushing weights and checking them",
     "memory/peak_gb": "highest memory in use so far, in GiB: of the device, or of the process on a CPU",
 }
-"""Components named in a recipe add `reward/<name>`."""
+"""Components named in a recipe add three each: `reward/<name>`, the mean of its raw value where it applies, `weighted/<name>`, the mean of
+what it adds to the total there, and `variance_share/<name>`, its share of the variance that the advantages come from: of the weighted
+components within groups, over the batch with a critic. The shares add up to 1, and one that works against the others is negative."""
 
 CLOCK = ("seconds/", "share/", "memory/", "rollout/hidden", "rollout/tokens_per_second", "train/tokens_per_second")
 """Beginnings of the keys that the machine decides; the others are the run's own and the same each time on one CPU rank."""

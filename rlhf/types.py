@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,8 @@ class Prompt:
     question: str
     reference: str
     """The reference answer a grader compares with."""
+    columns: Mapping[str, str | int | float] = field(default_factory=dict, hash=False)
+    """What else the data says of the problem, such as its subject and level."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -77,6 +79,8 @@ class StepReward:
     position: int
     """Index in `Rollout.token_ids` of the step's last token."""
     value: float
+    component: str = field(default="", compare=False)
+    """Which component of the reward it comes from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +92,11 @@ class Score:
     value: float | None
     """The total reward; None exactly when undecided, so that it cannot be mistaken for a 0."""
     components: Mapping[str, float] = field(default_factory=dict)
-    """Each component before its weight, by name; of a component that judges steps, the sum."""
+    """Each component's raw value, by name; of a component that judges steps, the sum. One that does not apply is missing."""
+    scaled: Mapping[str, float] = field(default_factory=dict)
+    """What the weights are for: after scale, clip and gates, of the components that apply and judge the whole completion."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of every component of the reward, applied or not, at the rollout batch that was scored."""
     steps: tuple[StepReward, ...] = ()
     """Weighted rewards of single steps or tokens, on top of `value`, which the end of the completion earns."""
     reason: str = ""
@@ -99,9 +107,26 @@ class Score:
                 f"score value {self.value} contradicts verdict {self.verdict!r}; only an undecided rollout has no value"
             )
 
+    @property
+    def weighted(self) -> dict[str, float]:
+        """What each component that applies adds to the completion's reward, its steps included."""
+        added = {name: self.weights[name] * value for name, value in self.scaled.items()}
+        for step in self.steps:
+            added[step.component] = added.get(step.component, 0.0) + step.value
+        return added
+
 
 RewardFn = Callable[[Sequence[Rollout]], list[Score]]
 """Scores a list of rollouts, in order."""
+
+
+@runtime_checkable
+class ScheduledReward(Protocol):
+    """A reward function whose weights depend on the rollout batch."""
+
+    def at(self, batch: int) -> RewardFn:
+        """As it is for rollout batch number `batch`, from 1."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from contextlib import closing
 
 from data.chat import ChatRenderer, render_response
 from data.records import Demonstration, Problem, read_records
-from reward_models.composite import build_reward, require_reachable
+from reward_models.composite import build_reward, require_columns, require_reachable
 from rlhf.config import GRPO, PPO, Online, RewardModelReward
 from rlhf.critic import load_critic
 from rlhf.distributed import loaded_whole, start
@@ -29,11 +29,12 @@ def train_online(config: Online, run: Run) -> None:
         check_model_path(config.critic.path, "critic.path")
     for reward in config.rewards:
         if isinstance(reward, RewardModelReward):
-            check_model_path(reward.path, "rewards.reward_model.path")
+            check_model_path(reward.path, f"rewards.{reward.name}.path")
     tokenizer = load_tokenizer(config.policy.path, revision=config.policy.revision)
     renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
-    prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
+    prompts = [renderer.prompt(p.id, p.question, p.answer, p.columns) for p in problems]
     require_prompts_fit(prompts, config.rollout)
+    require_columns(config, prompts)
 
     fitting = reference_solutions(config, renderer, demonstrations)
 

@@ -34,7 +34,7 @@ from rlhf.quantization import has_quantised
 from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.rollout_buffer import RolloutBuffer, unjudged
 from rlhf.run import Run, git_revision, peak_memory_gb, say
-from rlhf.types import Prompt, RewardFn, Rollout, Score
+from rlhf.types import Prompt, RewardFn, Rollout, ScheduledReward, Score
 from rlhf.updater import Updater
 from rlhf.weight_sync import Freshness, Probe, WeightSync, send_weights
 
@@ -369,7 +369,7 @@ class OnlineTrainer:
         self, prompts: Sequence[Prompt], batch: int, attempt: int, metrics: Metrics, seconds: dict[str, float]
     ) -> tuple[list[Rollout], list[Score]]:
         if not prompts:
-            self.reward_fn([])  # the other ranks may need this one in a reward model that is sharded
+            self._reward_of(batch)([])  # the other ranks may need this one in a reward model that is sharded
             return [], []
         started = time.perf_counter()
         with _timed(seconds, "rollout"):
@@ -378,9 +378,13 @@ class OnlineTrainer:
         metrics.add("rollout/tokens_per_second", total=tokens, count=time.perf_counter() - started)
         metrics.add("rollout/tokens", total=tokens, count=0)
         with _timed(seconds, "reward"):
-            scores = self.reward_fn(rollouts)
+            scores = self._reward_of(batch)(rollouts)
         describe(rollouts, scores, metrics, group_size=self.config.rollout.samples_per_prompt)
         return rollouts, scores
+
+    def _reward_of(self, batch: int) -> RewardFn:
+        """The reward function as it is for a rollout batch, whose number here is from 0."""
+        return self.reward_fn.at(batch + 1) if isinstance(self.reward_fn, ScheduledReward) else self.reward_fn
 
     def sample(self, prompts: Sequence[Prompt], batch: int, attempt: int = 0) -> list[Rollout]:
         """Completions of prompts by the policy that the engine holds."""
@@ -402,7 +406,7 @@ class OnlineTrainer:
         experience = estimate(
             rollouts, scores, self.config, ranks=ranks, kl=kl, kl_coefficient=coefficient, values=values
         )
-        describe_advantages(experience, metrics)
+        describe_advantages(experience, metrics, self.config)
         if kl is not None:
             count = len(rollouts) * self.accelerator.num_processes
             self.updater.adapt_kl(self._means(metrics)["policy/kl_reference"], num_completions=count)

@@ -13,7 +13,7 @@ from checks.findings import Context, Report
 from data.catalog import BENCHMARKS, CATALOG, find
 from data.chat import ChatRenderer, response_of
 from data.records import Demonstration, PreferencePair, Problem, read_records
-from reward_models.composite import build_reward, require_reachable
+from reward_models.composite import build_reward, require_columns, require_reachable
 from reward_models.outcome import STATISTICS
 from rlhf.config import (
     PPO,
@@ -64,7 +64,7 @@ def model_folders(config: Config) -> list[tuple[str, str]]:
         found.append(("reference.path", config.reference.path))
     if isinstance(config, PPO):
         found.append(("critic.path", config.critic.path))
-    found += [("rewards.reward_model.path", r.path) for r in config.rewards if isinstance(r, RewardModelReward)]
+    found += [(f"rewards.{r.name}.path", r.path) for r in config.rewards if isinstance(r, RewardModelReward)]
     return found
 
 
@@ -218,8 +218,9 @@ def _check_online(report: Report, config: Online, renderer: ChatRenderer, record
     if "problems" in records:
 
         def longest() -> int:
-            prompts = [renderer.prompt(p.id, p.question, p.answer) for p in records["problems"]]
+            prompts = [renderer.prompt(p.id, p.question, p.answer, p.columns) for p in records["problems"]]
             require_prompts_fit(prompts, config.rollout)
+            require_columns(config, prompts)
             return max(len(prompt.token_ids) for prompt in prompts)
 
         limit = config.rollout.max_prompt_tokens
@@ -231,7 +232,7 @@ def _check_online(report: Report, config: Online, renderer: ChatRenderer, record
         from train_grpo import reference_solutions
 
         def reachable() -> int:
-            rules = tuple(r for r in config.rewards if isinstance(r, RuleReward))
+            rules = tuple(r.model_copy(update={"gates": ()}) for r in config.rewards if isinstance(r, RuleReward))
             reward = build_reward(config.model_copy(update={"rewards": rules}), prefill=renderer.prefill, device="cpu")
             solutions = reference_solutions(config, renderer, records["demonstrations"])
             require_reachable(reward, solutions)

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from reward_models.composite import CompositeReward, build_reward, require_reachable
+from reward_models.composite import CompositeReward, Part, build_reward, each, require_reachable
 from reward_models.grading import GraderPool
 from reward_models.outcome import STATISTICS, OutcomeModel, TokenPair, pairwise_accuracy, train
-from reward_models.verifiable import correctness, find_rule, format_followed, overlong
-from rlhf.config import load_config
+from reward_models.verifiable import find_rule, format_followed, overlong
+from rlhf.config import RuleReward, load_config
 from rlhf.types import Prompt, Rollout, StepReward
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +30,21 @@ def rollout(text, reference="7", finish="stop", tokens=(5, 6)):
     )
 
 
-def reward(**kwargs):
-    return CompositeReward(
-        {"correctness": (correctness, 1.0), "format": (format_followed, 0.5)}, kwargs.pop("models", {}), **kwargs
-    )
+def part(name, rule=None, **options):
+    """A component of a reward by its rule; correctness has none of its own."""
+    raw = {"name": name, "kind": "correctness" if rule is None else "tests:rule", **options}
+    return name, Part(RuleReward.model_validate(raw), rule and each(rule))
+
+
+def reward(*others, prefill="", **options):
+    parts = [
+        part("correctness"),
+        (
+            "format",
+            Part(RuleReward.model_validate({"name": "format", "weight": 0.5}), each(format_followed, prefill=prefill)),
+        ),
+    ]
+    return CompositeReward(dict([*parts, *others]), prefill, **options)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +68,7 @@ def test_a_completion_cut_short_does_not_follow_the_format():
 
 
 def test_the_total_is_the_weighted_sum_and_every_component_is_reported():
-    [score] = reward(models={"reward_model": (lambda rollouts: [-2.0], 0.1)})(
-        [rollout("<think>\n</think>\n\\boxed{7}")]
-    )
+    [score] = reward(part("reward_model", lambda r, text: -2.0, weight=0.1))([rollout("<think>\n</think>\n\\boxed{7}")])
     assert score.components == {"correctness": 1.0, "format": 1.0, "reward_model": -2.0}
     assert score.value == pytest.approx(1.0 + 0.5 - 0.2)
     assert score.verdict == "correct"
@@ -71,8 +80,7 @@ def test_an_unreadable_reference_is_undecided_and_worth_nothing_rather_than_zero
 
 
 def test_a_component_that_cannot_tell_makes_the_rollout_undecided():
-    unsure = CompositeReward({"correctness": (correctness, 1.0), "mine": (lambda r, text: None, 1.0)}, {})
-    [score] = unsure([rollout("\\boxed{7}")])
+    [score] = reward(part("mine", lambda r, text: None))([rollout("\\boxed{7}")])
     assert (score.verdict, score.value) == ("undecided", None)
 
 
@@ -120,8 +128,9 @@ def test_the_overlong_punishment_of_a_recipe_takes_its_length_from_the_rollout()
         ROOT / "recipes/tiny/grpo.yaml",
         ["rewards=[{name: correctness}, {name: overlong, weight: 0.5, buffer_tokens: 4}]"],
     )
-    rule, weight = build_reward(config, prefill="", device="cpu").rules["overlong"]
-    assert (rule(rollout("x", tokens=(5,) * (longest - 1)), "x"), weight) == (-0.75, 0.5)
+    overlong_part = build_reward(config, prefill="", device="cpu").parts["overlong"]
+    assert overlong_part.component([rollout("x", tokens=(5,) * (longest - 1))]) == [-0.75]
+    assert overlong_part.options.weight == 0.5
 
 
 @pytest.mark.parametrize(
@@ -234,8 +243,8 @@ def test_a_component_may_judge_single_steps_which_earn_their_weighted_reward_whe
     def steps(rollout, text):
         return [StepReward(0, 1.0), StepReward(1, -0.5)]
 
-    judge = CompositeReward({"correctness": (correctness, 1.0), "steps": (steps, 2.0)}, {})
-    [score] = judge([rollout("\\boxed{7}")])
+    [score] = reward(part("steps", steps, weight=2.0))([rollout("\\boxed{7}")])
     assert score.value == 1.0
     assert score.steps == (StepReward(0, 2.0), StepReward(1, -1.0))
-    assert score.components == {"correctness": 1.0, "steps": 0.5}
+    assert score.components == {"correctness": 1.0, "format": 0.0, "steps": 0.5}
+    assert score.weighted == {"correctness": 1.0, "format": 0.0, "steps": 1.0}

@@ -38,13 +38,17 @@ def test_every_recipe_of_the_family_moves_its_policy_and_explains_each_of_its_me
         options += ("critic.warmup_batches=0",)
     trainer = make_trainer(*options, recipe=lambda *overrides: config(*overrides, recipe=path))
     trainer.reward_fn = lambda rollouts: [
-        dataclasses.replace(s, components={r.name: s.value for r in trainer.config.rewards})
+        dataclasses.replace(
+            s,
+            scaled={r.name: s.value for r in trainer.config.rewards},
+            weights={r.name: r.weight for r in trainer.config.rewards},
+        )
         for s in count_of_a_token(rollouts)
     ]
     before = [p.clone() for p in trainer.unwrapped.parameters()]
     [row] = trainer.train()
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
-    assert {key for key in row if not key.startswith("reward/")} <= MEANING.keys()
+    assert {key for key in row if not key.startswith(("reward/", "weighted/", "variance_share/"))} <= MEANING.keys()
     assert sum(row[f"share/{part}"] for part in ("rollout", "reward", "train", "sync")) == pytest.approx(1)
     assert row["rollout/tokens_per_second"] > 0
     assert row["train/tokens_per_second"] > 0
@@ -78,7 +82,10 @@ def test_rewards_of_steps_are_not_counted_a_second_time_as_a_component(make_trai
     trainer = make_trainer(
         "rollout.prompts_per_batch=1", "algorithm.normalise_components=true", "algorithm.scale_by_std=true"
     )
-    scores = [dataclasses.replace(wrong(0.0, (3, r)), components={"correctness": 0.0}) for r in (1.0, 0.0, 0.0)]
+    scores = [
+        dataclasses.replace(wrong(0.0, (3, r)), scaled={"correctness": 0.0}, weights={"correctness": 1.0})
+        for r in (1.0, 0.0, 0.0)
+    ]
     with pytest.raises(ValueError, match="a reward judges steps, which would count twice"):
         estimate(sample(trainer), scores, trainer.config)
 

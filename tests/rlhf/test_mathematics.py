@@ -266,7 +266,8 @@ def test_normalised_components_give_a_small_reward_its_say():
 def test_normalised_components_are_weighted_summed_and_whitened():
     # each component is +-1/2 around its mean, its group's standard deviation sqrt(1/2)
     components = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[1.0, 2.0], [0.0, 0.0]]])
-    one, two = 0.5 / (math.sqrt(0.5) + 1e-4), 1 / (math.sqrt(2) + 1e-4)
+    # and the floor a ten thousandth of its largest value
+    one, two = 0.5 / (math.sqrt(0.5) + 1e-4), 1 / (math.sqrt(2) + 2e-4)
     sums = torch.tensor([[2 * one - 3 * two, 3 * two - 2 * one], [2 * one + 3 * two, -2 * one - 3 * two]])
     scale = math.sqrt((2 * (2 * one - 3 * two) ** 2 + 2 * (2 * one + 3 * two) ** 2) / 3) + 1e-4
     assert_close(normalised_components(components, torch.tensor([2.0, 3.0])), sums / scale)
