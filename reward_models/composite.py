@@ -19,8 +19,19 @@ from reward_models.grading import Grade, GraderPool, grade
 from reward_models.grading.pool import Case
 from reward_models.judge import Judge
 from reward_models.outcome import OutcomeModel
+from reward_models.outcome_server import ServedOutcomeModel
 from reward_models.verifiable import Component, Value, find_rule, overlong
-from rlhf.config import Applies, JudgeReward, Online, Reward, RewardComponent, RewardModelReward, RuleReward, nearest
+from rlhf.config import (
+    Applies,
+    JudgeReward,
+    Online,
+    Reward,
+    RewardComponent,
+    RewardModelReward,
+    RewardServerReward,
+    RuleReward,
+    nearest,
+)
 from rlhf.distributed import loaded_whole
 from rlhf.types import Prompt, Rollout, Score, StepReward, Verdict
 
@@ -174,6 +185,8 @@ def build_reward(
     def component(reward: Reward) -> BatchComponent | None:
         if isinstance(reward, RewardModelReward):
             return _load(reward, device, accelerator).scorer(clip=math.inf, batch_size=reward.batch_size)
+        if isinstance(reward, RewardServerReward):
+            return ServedOutcomeModel(reward).connect().scorer()
         if isinstance(reward, JudgeReward):
             return Judge(reward.judge, key=f"rewards.{reward.name}.judge").connect().scorer(prefill=prefill)
         return None if reward.kind == "correctness" else each(_rule(reward, config), prefill=prefill)

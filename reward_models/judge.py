@@ -264,6 +264,20 @@ def position_bias(judgements: Sequence[Judgement]) -> dict[str, Any]:
     return {"pairs": len(both), "flipped": asdict(flipped), "first_wins": asdict(first)}
 
 
+def agreement(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """How often the judge prefers what people preferred, of pairs whose first answer is the one they preferred; a tie counts half.
+
+    Once over the decided pairs, which a judge chooses itself, and once over all that were answered, the undecided ones counting half, as a
+    coin would have it. With 95 % intervals.
+    """
+    decided = [j.value for j in judgements if j.value is not None]
+    answered = [0.5 if j.value is None else j.value for j in judgements if j.status != "endpoint"]
+    return {
+        "agreement": asdict(share(decided)) if decided else None,
+        "agreement_undecided_half": asdict(share(answered)) if answered else None,
+    }
+
+
 def status_counts(judgements: Sequence[Judgement]) -> dict[str, int]:
     """How many there are of each status."""
     return {

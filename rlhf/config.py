@@ -558,6 +558,17 @@ class Endpoint(Section):
     """For the whole answer to an attempt, not for its next byte."""
 
 
+class RewardServerReward(RewardComponent, Endpoint):
+    """A reward model of the kind above behind `vllm serve` for pooling models, at `url`; what it does not score is undecided."""
+
+    kind: Literal["reward_model"]
+    path: str
+    """Folder with the model's reward_statistics.json. Its weights are not read."""
+    clip: Annotated[float, Field(gt=0)] | None = 3.0
+    batch_size: PositiveInt = 16
+    """Sequences per request."""
+
+
 class JudgeModel(Endpoint):
     """A language model behind an OpenAI-compatible server (`url` up to and including `/v1`) that judges completions by a rubric."""
 
@@ -618,11 +629,13 @@ REWARD_CLASSES = {"reward_model": "RewardModelReward", "judge": "JudgeReward"}
 def _reward_class(raw: Any) -> str:
     """Name of the class of an entry of `rewards`; what is nothing else is a rule."""
     get = raw.get if isinstance(raw, dict) else lambda key: getattr(raw, key, None)
-    return REWARD_CLASSES.get(get("kind") or get("name"), "RuleReward")
+    found = REWARD_CLASSES.get(get("kind") or get("name"), "RuleReward")
+    return "RewardServerReward" if found == "RewardModelReward" and get("url") is not None else found
 
 
 Reward = Annotated[
     Annotated[RewardModelReward, Tag("RewardModelReward")]
+    | Annotated[RewardServerReward, Tag("RewardServerReward")]
     | Annotated[JudgeReward, Tag("JudgeReward")]
     | Annotated[RuleReward, Tag("RuleReward")],
     Discriminator(_reward_class),
@@ -1138,6 +1151,32 @@ class Evaluate(Section):
         return self
 
 
+# ----------------------------------------------------------------------------------------------------------------------- judge
+
+
+class Judging(Section):
+    """Puts completions or preference pairs that are there already before a judge; a second run asks only for what is missing."""
+
+    stage: Literal["judge"]
+    output_dir: str
+    judge: JudgeModel
+    """Without a cache of its own, verdicts are kept in output_dir."""
+    completions: str | None = None
+    """JSON lines, or a folder of them, with the fields question, completion and, where there is one, reference. Either this or `pairs`."""
+    pairs: str | None = None
+    """File of preference pairs in any form of data/preferences.py; each is shown in both orders."""
+    num_rows: PositiveInt | None = None
+    """The first so many; all by default."""
+    script: ClassVar[str] = "scripts/judge.py"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Judging:
+        if (self.completions is None) == (self.pairs is None):
+            both = "neither" if self.pairs is None else "both"
+            raise ValueError(f"{both} of completions and pairs are set; name one file")
+        return self
+
+
 # -------------------------------------------------------------------------------------------------------------------- pipeline
 
 
@@ -1158,7 +1197,7 @@ class Pipeline(Section):
     script: ClassVar[str] = "scripts/run_pipeline.py"
 
 
-Config = PrepareData | CurateData | BuildModel | SFT | RewardModel | GRPO | PPO | Evaluate | Pipeline
+Config = PrepareData | CurateData | BuildModel | SFT | RewardModel | GRPO | PPO | Evaluate | Judging | Pipeline
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
 
 
