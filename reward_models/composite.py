@@ -82,7 +82,7 @@ class CompositeReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
         judged = self.judge([(self.prefill + r.text, r.prompt.reference) for r in rollouts])
-        verdicts = [self._verdict(r, g) for r, g in zip(rollouts, judged, strict=True)]
+        verdicts: list[Verdict] = [self._verdict(r, g) for r, g in zip(rollouts, judged, strict=True)]
         columns = {name: _values(part, rollouts, verdicts) for name, part in self.parts.items()}
         return [
             self._score(rollout, verdicts[i], judged[i], {name: of[i] for name, of in columns.items() if i in of})

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from reward_models.grading import grade
+from rlhf.repetition import repeated_share
 from rlhf.types import Rollout, StepReward
-from rlhf.watch import repeated_share
 
 Value = float | Sequence[StepReward] | None
 """Of a whole completion, or of its steps; None where it cannot be told."""

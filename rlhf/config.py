@@ -534,7 +534,7 @@ class RuleReward(RewardComponent):
 class RewardModelReward(RewardComponent):
     """A trained outcome reward model; its raw value is the score standardised by its held-out statistics."""
 
-    kind: Literal["reward_model"]
+    kind: Literal["reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     path: str
     clip: Annotated[float, Field(gt=0)] | None = 3.0
     """Standard deviations, with a scale of 1, beyond which a score no longer grows."""
@@ -561,7 +561,7 @@ class Endpoint(Section):
 class RewardServerReward(RewardComponent, Endpoint):
     """A reward model of the kind above behind `vllm serve` for pooling models, at `url`; what it does not score is undecided."""
 
-    kind: Literal["reward_model"]
+    kind: Literal["reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     path: str
     """Folder with the model's reward_statistics.json. Its weights are not read."""
     clip: Annotated[float, Field(gt=0)] | None = 3.0
@@ -618,7 +618,7 @@ class JudgeModel(Endpoint):
 class JudgeReward(RewardComponent):
     """A language model as judge; its raw value is the score from 0 to 1. What it does not decide is undecided."""
 
-    kind: Literal["judge"]
+    kind: Literal["judge"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     judge: JudgeModel
 
 
@@ -628,9 +628,9 @@ REWARD_CLASSES = {"reward_model": "RewardModelReward", "judge": "JudgeReward"}
 
 def _reward_class(raw: Any) -> str:
     """Name of the class of an entry of `rewards`; what is nothing else is a rule."""
-    get = raw.get if isinstance(raw, dict) else lambda key: getattr(raw, key, None)
-    found = REWARD_CLASSES.get(get("kind") or get("name"), "RuleReward")
-    return "RewardServerReward" if found == "RewardModelReward" and get("url") is not None else found
+    fields = raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
+    found = REWARD_CLASSES.get(str(fields.get("kind") or fields.get("name")), "RuleReward")
+    return "RewardServerReward" if found == "RewardModelReward" and fields.get("url") is not None else found
 
 
 Reward = Annotated[
@@ -804,6 +804,31 @@ class Guards(Section):
     """Mean absolute difference, in nats, between the engine's and the trainer's log-probabilities of a probe after each sync."""
 
 
+class Watch(Section):
+    """Signs that the policy games its reward, looked for after every rollout batch (see rlhf/watch.py, which says what each is)."""
+
+    action: Literal["off", "warn", "stop"] = "warn"
+    """What an alarm does, besides a line on the console, a row in alarms.jsonl and a file with the ten completions that show it best."""
+    window: Annotated[int, Field(ge=3)] = 5
+    """Rollout batches whose mean is compared with that of as many others."""
+    significance: Annotated[float, Field(gt=0)] = 3.0
+    """Standard errors that a difference of means must have."""
+    max_correctness_loss: Share = 0.1
+    """That correctness may lose against its best window while the reward rises."""
+    max_surface_share: Share = 0.5
+    """Of the variance behind the advantages, by components of the kinds format, length, overlong and repetition."""
+    max_repetition: Share = 0.3
+    """Share of the 8-grams of tokens that stood in the completion before; an alarm also needs twice that of the first window."""
+    max_kl_slope: Annotated[float, Field(gt=0)] = 0.01
+    """Nats per token and optimizer step, with a reference."""
+    min_spread: Share = 0.25
+    """Of the standard deviation within groups in the first window."""
+    max_length_growth: Annotated[float, Field(gt=1)] = 2.0
+    """Factor over the mean length in the first window."""
+    ceiling: Share = 0.9
+    """Correctness above which only divergence is an alarm: what is left to compare is form."""
+
+
 class RolloutServer(Section):
     """vLLM servers that sample: on other hosts or GPUs, or on other cores of this one (see docs/guides/servers.md)."""
 
@@ -888,6 +913,8 @@ class OnlineTraining(Section):
     """Rollout batches between checkpoints."""
     checkpoint_every_steps: PositiveInt | None = None
     """Optimizer steps between checkpoints, besides those; also in the middle of a rollout batch, which is then stored with the rest."""
+    completions_every: Annotated[int, Field(ge=0)] = 1
+    """Rollout batches between those whose completions are kept for reading and audits, with every component of their rewards; 0 keeps none."""
     keep_checkpoints: PositiveInt = 2
     """The newest so many stay."""
     keep_best: str | None = None
@@ -913,6 +940,7 @@ class Online(Section):
     training: OnlineTraining
     optimizer: Optimizer
     guards: Guards = Guards()
+    watch: Watch = Watch()
 
     @model_validator(mode="after")
     def _relations(self) -> Online:
@@ -988,10 +1016,10 @@ class Online(Section):
         for reward in self.rewards:
             for gate in reward.gates:
                 if gate.component not in names or gate.component == reward.name:
+                    problem = "itself" if gate.component == reward.name else "no component"
+                    others = [name for name in names if name != reward.name]
                     raise ValueError(
-                        f"rewards.{reward.name}.gates names {gate.component!r}, which is "
-                        + ("the component itself" if gate.component == reward.name else nearest(gate.component, names))
-                        + "; name another component of rewards"
+                        f"rewards.{reward.name}.gates names {gate.component!r}, which is {problem}; {nearest(gate.component, others)}"
                     )
         metrics = [*MEANING, *(f"reward/{name}" for name in names)]
         if self.training.keep_best is not None and self.training.keep_best not in metrics:

@@ -23,6 +23,7 @@ from rlhf.advantages import (
 )
 from rlhf.config import GRPO, PPO, Online
 from rlhf.metrics import Metrics
+from rlhf.repetition import repeated_share
 from rlhf.types import Rollout, Score
 
 PerRollout = tuple[Tensor, ...]
@@ -250,6 +251,7 @@ def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metr
     """Metrics of everything sampled and of its rewards, whatever becomes of it."""
     for rollout, score in zip(rollouts, scores, strict=True):
         metrics.add("rollout/length", total=len(rollout.token_ids), count=1)
+        metrics.add("rollout/repetition", total=repeated_share(rollout.token_ids), count=1)
         metrics.add("rollout/truncated", total=rollout.finish_reason == "length", count=1)
         metrics.add("rollout/undecided", total=score.value is None, count=1)
         if score.value is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 MEANING = {
@@ -22,6 +23,7 @@ MEANING = {
     "rollout/age": "optimizer steps the trainer had taken since the weights that sampled, mean over completions; 0 in the synchronous loop",
     "rollout/hidden": "share of the time of sampling and scoring that training did not have to wait for, with training.max_staleness",
     "rollout/length": "mean tokens of a completion",
+    "rollout/repetition": "share of the 8-grams of tokens of a completion that stood in it before, mean over completions",
     "rollout/truncated": "share of completions cut by max_new_tokens",
     "rollout/undecided": "share of completions the grader could not judge; their groups are left out",
     "policy/loss": "loss of the optimizer step, summed over its tokens with their weights",
@@ -97,7 +99,7 @@ def reduce_metrics(per_rank: list[dict[str, tuple[float, float]]]) -> dict[str, 
     return {key: total[key] / count[key] for key in total if count[key]}
 
 
-def append_jsonl(path: Path, row: dict[str, float]) -> None:
+def append_jsonl(path: Path, row: Mapping[str, float | str]) -> None:
     with path.open("a", encoding="utf-8") as out:
         out.write(json.dumps(row) + "\n")
 

@@ -31,6 +31,8 @@ WHERE_SERVERS_ARE = tuple(
     for key in ("urls", "replicas", "first_port", "devices", "folder", "request_seconds", "patience_seconds")
 )
 """Keys that may be others when a run goes on: a server on another host samples the same."""
+MAY_DIFFER = (*WHERE_SERVERS_ARE, "watch.", "training.completions_every ")
+"""And what only looks on."""
 RECIPE, FINISHED, LOCK = "recipe.yaml", "run.json", ".lock"
 DIE_WITH_PARENT = "SCRATCHPAD_DIE_WITH_PARENT"
 
@@ -83,7 +85,7 @@ def check_output_dir(config: Config) -> None:
     if not recipe.is_file():
         raise ValueError(f"output_dir {folder} is not empty and holds no run of this project; {repair}")
     changed = differences(yaml.safe_load(recipe.read_text(encoding="utf-8")), config.model_dump(mode="json"))
-    changed = [line for line in changed if not line.startswith(WHERE_SERVERS_ARE)]
+    changed = [line for line in changed if not line.startswith(MAY_DIFFER)]
     if changed:
         raise ValueError(f"output_dir {folder} holds another run ({'; '.join(changed[:3])}); {repair}")
 

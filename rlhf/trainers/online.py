@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from rlhf import training_state
 from rlhf.ahead import Ahead
 from rlhf.checkpoint import best_whole, newest_whole, read_state, save_checkpoint, sync_to_disk
+from rlhf.completions import batch_file, completion_rows, drop_from, write_rows
 from rlhf.config import Online
 from rlhf.distributed import gather, second_group
 from rlhf.experience import Experience, Ranks, describe, describe_advantages, estimate, has_signal
@@ -36,6 +37,7 @@ from rlhf.rollout_buffer import RolloutBuffer, unjudged
 from rlhf.run import Run, git_revision, peak_memory_gb, say
 from rlhf.types import Prompt, RewardFn, Rollout, ScheduledReward, Score
 from rlhf.updater import Updater
+from rlhf.watch import Alarm, Watch, record_alarms
 from rlhf.weight_sync import Freshness, Probe, WeightSync, send_weights
 
 PARTS = ("rollout", "reward", "train", "sync")
@@ -90,6 +92,7 @@ class OnlineTrainer:
             config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=pad_token_id
         )
         self.first_batch = self.prompts_used = 0
+        self.watch = Watch.of(config)
         self.last_row: dict[str, float] = {}
         self.under_way: RolloutBuffer | None = None
         """The rollout batch that a resumed run goes on with."""
@@ -107,7 +110,9 @@ class OnlineTrainer:
             first = self.first_batch + (self.under_way is not None)
             self.ahead = Ahead(self.fill, first=first, ready=waiting)
         if accelerator.is_main_process:
-            truncate_jsonl(self.metrics_file, key="batch", below=self.first_batch + 1)
+            for file in (self.metrics_file, self.alarms_file):
+                truncate_jsonl(file, key="batch", below=self.first_batch + 1)
+            drop_from(self.run.folder, self.first_batch + 1)
         self.sync = WeightSync(engine, self.unwrapped, probes, tolerance=config.guards.freshness_tolerance)
 
     @property
@@ -122,6 +127,10 @@ class OnlineTrainer:
     @property
     def checkpoints(self) -> Path:
         return self.run.folder / "checkpoints"
+
+    @property
+    def alarms_file(self) -> Path:
+        return self.run.folder / "alarms.jsonl"
 
     @property
     def metrics_file(self) -> Path:
@@ -150,11 +159,13 @@ class OnlineTrainer:
             metrics.add("sync/error", total=freshness.error, count=1)
             _describe_costs(buffer.experience, seconds, metrics)
             row = {"batch": batch + 1, "step": self.policy_version, **self._means(metrics)}
+            alarms = self._look(buffer.experience, row)
             self.last_row = row
             history.append(row)
             if self.accelerator.is_main_process:
                 append_jsonl(self.metrics_file, row)
             say(console_line(row, training.num_batches))
+            self._raise(alarms)
             due = (batch + 1) % training.checkpoint_every == 0 or self._step_is_due(batch + 1, 0)
             if due and batch + 1 < training.num_batches:
                 self._checkpoint(batch + 1)
@@ -216,6 +227,33 @@ class OnlineTrainer:
         )
         buffer.seconds["train"] += time.perf_counter() - started
 
+    def _look(self, experience: Experience, row: dict[str, float]) -> list[Alarm]:
+        """The alarms of a rollout batch, which are the same on every rank, and its completions in files."""
+        batch, every = int(row["batch"]), self.config.training.completions_every
+        alarms = self.watch.look(row) if self.config.watch.action != "off" else []
+        is_due = every > 0 and batch % every == 0
+        if is_due or alarms:
+            rows = gather(self.accelerator, completion_rows(experience, batch))
+            if self.accelerator.is_main_process and is_due:
+                write_rows(batch_file(self.run.folder, batch), rows)
+            if self.accelerator.is_main_process:
+                record_alarms(self.run.folder, self.watch, alarms, rows)
+        return alarms
+
+    def _raise(self, alarms: Sequence[Alarm]) -> None:
+        """Say what was seen, and stop where the recipe wants that.
+
+        Raises:
+            RuntimeError: with `watch.action: stop`.
+        """
+        for alarm in alarms:
+            say(alarm.line(self.run.folder))
+        if alarms and self.config.watch.action == "stop":
+            raise RuntimeError(
+                f"stopped by watch.action: {alarms[0].line(self.run.folder)}. Nothing after the last checkpoint is kept: repair the reward, or set "
+                "watch.action to warn"
+            )
+
     # --------------------------------------------------------------------------------------------------------------- checkpoints
 
     def _step_is_due(self, batch: int, steps_taken: int) -> bool:
@@ -238,6 +276,7 @@ class OnlineTrainer:
             "learners": training_state.schedules(learners),
             "ranks": self.accelerator.num_processes,
             "metrics": self.last_row,
+            "watch": self.watch.state(),
             "recipe": self.config.model_dump(mode="json"),
             "git": git_revision(),
         }
@@ -267,6 +306,7 @@ class OnlineTrainer:
         state, ranks = read_state(checkpoint), self.accelerator.num_processes
         training_state.restore(checkpoint, state, self.updater.learners, self.updater.followers)
         self.updater.restore(state)
+        self.watch.restore(state["watch"])
         self.first_batch, self.prompts_used, self.last_row = state["batch"], state["prompts_used"], state["metrics"]
         buffers = training_state.restore_rank(
             checkpoint,

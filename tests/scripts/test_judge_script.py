@@ -163,3 +163,24 @@ def test_one_file_is_named_and_it_is_there(tmp_path):
         config("http://h/v1", tmp_path)
     with pytest.raises(ValueError, match="no JSON lines; correct the path"):
         script.read_completions(config("http://h/v1", tmp_path, completions=str(tmp_path / "missing.jsonl")))
+
+
+def test_the_check_before_a_launch_looks_at_judges_and_says_what_is_missing(tmp_path, capsys):
+    import check
+
+    def checked(**judge):
+        raw = config("http://127.0.0.1:1/v1", tmp_path / "out", pairs=write(tmp_path / "pairs.jsonl", PAIR_ROWS))
+        raw = raw.model_dump(mode="json")
+        raw["judge"] |= judge
+        (tmp_path / "judge.yaml").write_text(yaml.safe_dump(raw))
+        passed = check.check(str(tmp_path / "judge.yaml"), [], None)
+        return passed, capsys.readouterr().out
+
+    passed, out = checked()
+    assert passed
+    assert "warning judge.url: judge.url http://127.0.0.1:1/v1 gives no verdict (ConnectError" in out
+    with serving(lambda body, attempt: chat('{"score": 4}')) as server:
+        assert "ok      judge.url: the server answers" in checked(url=server.url)[1]
+    passed, out = checked(rubric_file="missing.txt")
+    assert not passed
+    assert "error   judge: judge.rubric_file missing.txt does not exist" in out
