@@ -18,17 +18,21 @@ from accelerate import Accelerator
 
 from reward_models.grading import Grade, GraderPool, grade
 from reward_models.grading.pool import Case
+from reward_models.judge import Judge
 from reward_models.outcome import OutcomeModel
+from reward_models.outcome_server import ServedOutcomeModel
 from reward_models.process import ProcessModel, aggregate
 from reward_models.verifiable import Component, Value, find_rule, overlong
 from rlhf.config import (
     Applies,
+    JudgeReward,
     ModelReward,
     Online,
     ProcessRewardModelReward,
     Reward,
     RewardComponent,
     RewardModelReward,
+    RewardServerReward,
     RuleReward,
     nearest,
 )
@@ -187,6 +191,10 @@ def build_reward(
             return _load(OutcomeModel, reward, device, accelerator).scorer(clip=math.inf, batch_size=reward.batch_size)
         if isinstance(reward, ProcessRewardModelReward):
             return process_component(_load(ProcessModel, reward, device, accelerator), reward)
+        if isinstance(reward, RewardServerReward):
+            return ServedOutcomeModel(reward).connect().scorer()
+        if isinstance(reward, JudgeReward):
+            return Judge(reward.judge, key=f"rewards.{reward.name}.judge").connect().scorer(prefill=prefill)
         return None if reward.kind == "correctness" else each(_rule(reward, config), prefill=prefill)
 
     pool = GraderPool(

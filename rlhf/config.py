@@ -638,19 +638,104 @@ class ProcessRewardModelReward(ModelReward):
     """Of a forward pass, padding included."""
 
 
-REWARD_CLASSES = {"reward_model": "RewardModelReward", "process_reward_model": "ProcessRewardModelReward"}
+class Endpoint(Section):
+    """A server of someone else's, over HTTP."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
+    key_variable: str | None = None
+    """Environment variable that holds the API key."""
+    concurrency: PositiveInt = 16
+    """Requests under way at once, per rank."""
+    attempts: PositiveInt = 5
+    """Of a request that fails by no fault of ours: no connection, overload, an internal error, no answer in time."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """For the whole answer to an attempt, not for its next byte."""
+
+
+class RewardServerReward(RewardComponent, Endpoint):
+    """A reward model of the kind above behind `vllm serve` for pooling models, at `url`; what it does not score is undecided."""
+
+    kind: Literal["reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    path: str
+    """Folder with the model's reward_statistics.json. Its weights are not read."""
+    clip: Annotated[float, Field(gt=0)] | None = 3.0
+    batch_size: PositiveInt = 16
+    """Sequences per request."""
+
+
+class JudgeModel(Endpoint):
+    """A language model behind an OpenAI-compatible server (`url` up to and including `/v1`) that judges completions by a rubric."""
+
+    model: str | None = None
+    """What the server calls the model; by default the only one it lists."""
+    rubric: str | None = None
+    """What makes an answer good, in words; a general rubric by default."""
+    rubric_file: str | None = None
+    """The same as a text file."""
+    scale: tuple[int, int] = (1, 10)
+    """Worst and best whole number; the reward is where between them the score lies, from 0 to 1."""
+    show_reference: bool = True
+    """Whether the judge sees the reference answer, where there is one."""
+    explanation_chars: Annotated[int, Field(ge=0)] = 300
+    """Of the sentence that the judge writes before its verdict; 0 for none."""
+    max_tokens: PositiveInt = 512
+    """Of a verdict. One that is cut by it is undecided."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """How the server is told the form of a verdict. It is checked here in any case."""
+    cache: str | None = None
+    """SQLite file of the verdicts, which several processes may share; on a local disk."""
+
+    @model_validator(mode="after")
+    def _rubric_once(self) -> JudgeModel:
+        if self.rubric is not None and self.rubric_file is not None:
+            raise ValueError("rubric and rubric_file are both set; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _scale_in_order(self) -> JudgeModel:
+        low, high = self.scale
+        if not low < high <= low + 100:
+            raise ValueError(f"scale is {low} to {high}; give the worst score first and the best at most 100 above it")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_the_explanation(self) -> JudgeModel:
+        least = 16 + self.explanation_chars // 4
+        if self.max_tokens < least:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}, too few for a verdict with explanation_chars {self.explanation_chars}; set it to {least} or more"
+            )
+        return self
+
+
+class JudgeReward(RewardComponent):
+    """A language model as judge; its raw value is the score from 0 to 1. What it does not decide is undecided."""
+
+    kind: Literal["judge"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    judge: JudgeModel
+
+
+REWARD_CLASSES = {
+    "reward_model": "RewardModelReward",
+    "process_reward_model": "ProcessRewardModelReward",
+    "judge": "JudgeReward",
+}
 """Kinds of component that are no rules, and their classes."""
 
 
 def _reward_class(raw: Any) -> str:
     """Name of the class of an entry of `rewards`; what is nothing else is a rule."""
-    kind = (raw.get("kind") or raw.get("name")) if isinstance(raw, dict) else getattr(raw, "kind", None)
-    return REWARD_CLASSES.get(str(kind), "RuleReward")
+    fields = raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
+    found = REWARD_CLASSES.get(str(fields.get("kind") or fields.get("name")), "RuleReward")
+    return "RewardServerReward" if found == "RewardModelReward" and fields.get("url") is not None else found
 
 
 Reward = Annotated[
     Annotated[RewardModelReward, Tag("RewardModelReward")]
     | Annotated[ProcessRewardModelReward, Tag("ProcessRewardModelReward")]
+    | Annotated[RewardServerReward, Tag("RewardServerReward")]
+    | Annotated[JudgeReward, Tag("JudgeReward")]
     | Annotated[RuleReward, Tag("RuleReward")],
     Discriminator(_reward_class),
 ]
@@ -1247,6 +1332,32 @@ class Evaluate(Section):
         return self
 
 
+# ----------------------------------------------------------------------------------------------------------------------- judge
+
+
+class Judging(Section):
+    """Puts completions or preference pairs that are there already before a judge; a second run asks only for what is missing."""
+
+    stage: Literal["judge"]
+    output_dir: str
+    judge: JudgeModel
+    """Without a cache of its own, verdicts are kept in output_dir."""
+    completions: str | None = None
+    """JSON lines, or a folder of them, with the fields question, completion and, where there is one, reference. Either this or `pairs`."""
+    pairs: str | None = None
+    """File of preference pairs in any form of data/preferences.py; each is shown in both orders."""
+    num_rows: PositiveInt | None = None
+    """The first so many; all by default."""
+    script: ClassVar[str] = "scripts/judge.py"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Judging:
+        if (self.completions is None) == (self.pairs is None):
+            both = "neither" if self.pairs is None else "both"
+            raise ValueError(f"{both} of completions and pairs are set; name one file")
+        return self
+
+
 # -------------------------------------------------------------------------------------------------------------------- pipeline
 
 
@@ -1276,6 +1387,7 @@ Config = (
     | LabelSteps
     | ProcessRewardModel
     | EvaluateProcess
+    | Judging
     | GRPO
     | PPO
     | Evaluate

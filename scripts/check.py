@@ -72,6 +72,7 @@ def check_stage(report: Report, config: Config, context: Context) -> None:
     environment.check_ranks(report, context)
     environment.check_quantization(report, config, context)
     inputs.check_sources(report, config)
+    inputs.check_servers(report, config)
     records = inputs.check_records(report, config, context)
     there = inputs.check_models(report, config, context)
     inputs.check_text(report, config, records, there)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from data.catalog import BENCHMARKS, CATALOG, find
 from data.chat import ChatRenderer, response_of
 from data.records import Demonstration, LabelledSteps, PreferencePair, Problem, read_records
 from reward_models.composite import build_reward, require_columns, require_reachable
+from reward_models.judge import Judge
 from reward_models.outcome import STATISTICS
+from reward_models.outcome_server import ServedOutcomeModel
 from reward_models.process import DESCRIPTION, targets_of
 from reward_models.processbench import first_wrong, require_both_kinds
 from reward_models.steps import encode_steps
@@ -27,12 +29,15 @@ from rlhf.config import (
     Evaluate,
     EvaluateProcess,
     GSM8KSource,
+    JudgeReward,
+    Judging,
     ModelReward,
     Offline,
     Online,
     PrepareData,
     ProcessRewardModel,
     RewardModel,
+    RewardServerReward,
     RuleReward,
 )
 from rlhf.models import check_model_path, load_tokenizer
@@ -306,6 +311,30 @@ def check_sources(report: Report, config: Config) -> None:
             _known(report, "benchmark", config.benchmark.name, config.benchmark.path, BENCHMARKS)
         if config.data_manifest is not None:
             _exists(report, "data_manifest", [Path(config.data_manifest)])
+
+
+def check_servers(report: Report, config: Config) -> None:
+    """Judges and reward models behind a server: what is here is right, and the server answers; one that does not may be started later."""
+    found: list[tuple[str, Callable[[], Judge | ServedOutcomeModel]]] = []
+    once: dict[str, Any] = {"attempts": 1}
+    if isinstance(config, Judging):
+        _exists(report, "pairs" if config.pairs else "completions", [Path(config.pairs or config.completions or "")])
+        found.append(("judge", lambda: Judge(config.judge.model_copy(update=once | {"cache": None}))))
+    for reward in config.rewards if isinstance(config, Online) else ():
+        key = f"rewards.{reward.name}"
+        if isinstance(reward, JudgeReward):
+            judge = reward.judge.model_copy(update=once | {"cache": None})
+            found.append((f"{key}.judge", lambda judge=judge, key=key: Judge(judge, key=f"{key}.judge")))
+        elif isinstance(reward, RewardServerReward):
+            found.append((key, lambda reward=reward: ServedOutcomeModel(reward.model_copy(update=once))))
+    for key, build in found:
+        built = report.attempt(key, build, lambda _: "key, rubric and statistics are there, where they are needed")
+        try:
+            if built is not None:
+                built.connect()
+                report.add("ok", f"{key}.url", "the server answers")
+        except ValueError as error:
+            report.add("warning", f"{key}.url", str(error))
 
 
 def _known(report: Report, key: str, name: str, path: str | None, known: Any) -> None:
