@@ -68,7 +68,7 @@ def from_pair(row: Mapping[str, Any], key: str) -> list[PreferencePair]:
             f"the chosen response scores {scores[0]} and the rejected one {scores[1]}: no preference to learn"
         )
     chosen, rejected = (_side(row, name) for name in ("chosen", "rejected"))
-    return pair(key, chosen, rejected, _margin(row, *scores))
+    return pair(key, chosen, rejected, margin=_margin(row, *scores))
 
 
 def _margin(row: Mapping[str, Any], chosen: Any, rejected: Any) -> float | None:
