@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import re
 import tempfile
 import time
@@ -55,7 +56,7 @@ def read_pairs(folder: Path, files: dict[str, tuple[str, ...]] = FILES) -> tuple
             records, refused = read_source(CATALOG[source], path=str(folder / name), revision=None, split=split)
             label = name.partition(".")[0]
             pairs += [replace(r, id=f"{label}-{r.id}", source=label) for r in records]
-            rows[label] = {"used": len(records), "refused": Counter(r.reason.partition(":")[0] for r in refused)}
+            rows[label] = {"used": len(records), "refused": Counter(r.reason.partition(", got")[0] for r in refused)}
     return pairs, rows
 
 
@@ -87,7 +88,7 @@ def bag_of_words(
             for text, sign in ((pair.chosen, 1.0), (pair.rejected, -1.0)):
                 for w, count in words(text).items():
                     if w in index:
-                        x[i, index[w]] += sign * torch.log1p(torch.tensor(float(count))).item()
+                        x[i, index[w]] += sign * math.log1p(count)
         return x
 
     x, weights = rows(train), torch.zeros(len(index), requires_grad=True)
