@@ -97,7 +97,8 @@ class ChatRenderer:
 
     def rollout(self, prompt: Prompt, response: str, *, truncated: bool) -> Rollout:
         """A response of which only the text is known, as this tokenizer has it; one that was cut off has no stop token."""
-        token_ids = tuple(self.response_ids(self.completion(response)))
+        text = self.completion(response)
+        token_ids = tuple(self.response_ids(text))
         if truncated and len(token_ids) > 1:
             token_ids = token_ids[:-1]
         return Rollout(
@@ -105,7 +106,7 @@ class ChatRenderer:
             token_ids=token_ids,
             logprobs=(0.0,) * len(token_ids),
             finish_reason="length" if truncated else "stop",
-            text=response,
+            text=text,
             policy_version=0,
         )
 

@@ -980,8 +980,12 @@ class Selection(Section):
     """Numbers of samples to choose from; each at most rollout.samples_per_prompt."""
     outcome_model: str | None = None
     """Folder of scripts/train_reward_model.py."""
+    process_model: str | None = None
+    """Folder of scripts/train_process_reward_model.py."""
+    aggregate: Literal["min", "product", "mean", "last"] = "min"
+    """What of a process model's steps is the score of a completion."""
     batch_size: PositiveInt = 64
-    """Completions a reward model scores at once."""
+    """Completions that the outcome model scores at once."""
 
 
 class Evaluate(Section):

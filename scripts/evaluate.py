@@ -316,6 +316,7 @@ def score_samples(problems: Sequence[GradedProblem], selection: Selection, chat:
     import torch
 
     from reward_models.outcome import OutcomeModel
+    from reward_models.process import TOKENS_PER_BATCH, ProcessModel, aggregate
     from rlhf.models import load_tokenizer
 
     if any(not p.question for p in problems):
@@ -325,6 +326,15 @@ def score_samples(problems: Sequence[GradedProblem], selection: Selection, chat:
     if selection.outcome_model is not None:
         outcome = OutcomeModel.load(selection.outcome_model, device=device)
         scorers["outcome model"] = (selection.outcome_model, outcome.chances(batch_size=selection.batch_size))
+    if selection.process_model is not None:
+        judge_steps = ProcessModel.load(selection.process_model, device=device).scorer(
+            tokens_per_batch=TOKENS_PER_BATCH
+        )
+
+        def of_steps(rollouts: Sequence[Rollout]) -> list[float]:
+            return [aggregate([step.value for step in steps], selection.aggregate) for steps in judge_steps(rollouts)]
+
+        scorers["process model"] = (selection.process_model, of_steps)
     scores: list[dict[str, tuple[float, ...]]] = [{} for _ in problems]
     for name, (path, score) in scorers.items():
         renderer = ChatRenderer(load_tokenizer(path), chat.system_prompt)
@@ -420,8 +430,10 @@ def evaluate(config: Evaluate, run: Run) -> None:
     for label, model in config.models.items():
         if model.server is None:
             check_model_path(model.path, f"models.{label}.path")
-    if config.selection is not None and config.selection.outcome_model is not None:
-        check_model_path(config.selection.outcome_model, "selection.outcome_model")
+    for key in ("outcome_model", "process_model") if config.selection is not None else ():
+        path = getattr(config.selection, key)
+        if path is not None:
+            check_model_path(path, f"selection.{key}")
     accelerator = start(config.seed)
     graded: dict[str, list[GradedProblem]] = {}
     cards: dict[str, Card] = {}
