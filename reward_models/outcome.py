@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 
 from reward_models.pair_report import ScoredPair, draw_report, report
 from rlhf.config import RewardModel
+from rlhf.critic import HEAD
 from rlhf.distributed import global_max, place_frozen
 from rlhf.lora import adapt, save_model
 from rlhf.run import write_json
@@ -76,6 +77,10 @@ class OutcomeModel:
                 f"{path} does not hold a whole reward model: {', '.join(bad[:5])} missing or unexpected; a head initialised at random would reward noise"
             )
         stored = json.loads(statistics.read_text(encoding="utf-8"))
+        if not stored["std"] > 0:
+            raise ValueError(
+                f"{path} scored all held-out responses alike (std {stored['std']}), so its scores cannot be standardised; train it longer or on other pairs"
+            )
         return cls(model.to(device).eval(), model.config.pad_token_id, stored["mean"], stored["std"])
 
     @torch.no_grad()
@@ -175,7 +180,7 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
         trust_remote_code=False,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    adapt(model, config.model, trained_in_full=["score"])
+    adapt(model, config.model, trained_in_full=[HEAD])
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(**trainer_arguments(config), max_length=None, center_rewards_coefficient=config.centering),

@@ -101,6 +101,18 @@ def _require_samples(total: int, n: int) -> None:
         raise ValueError(f"choosing among {n} samples of a problem needs as many and there are {total}")
 
 
+def ordered_pairs(scores: Sequence[float], correct: Sequence[bool]) -> float | None:
+    """Share of the pairs of a correct and a wrong sample in which the correct one scores higher, a tie half; None where there is no such pair.
+
+    It is the accuracy of a reward model on preference pairs made of the policy's own samples of a problem.
+    """
+    right = [s for s, c in zip(scores, correct, strict=True) if c]
+    wrong = [s for s, c in zip(scores, correct, strict=True) if not c]
+    if not right or not wrong:
+        return None
+    return sum((r > w) + 0.5 * (r == w) for r in right for w in wrong) / (len(right) * len(wrong))
+
+
 # ---------------------------------------------------------------------------------------------------------------- of one model
 
 PASS, MAJORITY, BEST, WEIGHTED = "pass", "majority", "best by ", "weighted by "
@@ -142,11 +154,19 @@ def summarise_selection(problems: Sequence[GradedProblem], *, ns: Sequence[int],
         "ns": list(ns),
         "samples_per_problem": samples,
         "accuracy": {m: {f"{n}": asdict(share(v[n], samples=samples)) for n in ns} for m, v in values.items()},
+        "ordered_pairs": {scorer: _ordered(judged, scorer) for scorer in judged[0].scores},
         "differences": [
             {"method": b, "than": a, "samples": most, **_paired(compared[a], compared[b], seed=seed)}
             for a, b in combinations(compared, 2)
         ],
     }
+
+
+def _ordered(problems: Sequence[GradedProblem], scorer: str) -> dict[str, Any] | None:
+    """Over the problems that have both a correct and a wrong sample."""
+    shares = [ordered_pairs(p.scores[scorer], p.correct) for p in problems]
+    both = [s for s in shares if s is not None]
+    return asdict(share(both)) if both else None
 
 
 def _paired(baseline: Sequence[float], other: Sequence[float], *, seed: int) -> dict[str, Any]:
@@ -164,6 +184,9 @@ def selection_table(label: str, selection: Mapping[str, Any]) -> str:
     rows += [(m, *(show_estimate(v[f"{n}"]) for n in ns)) for m, v in selection["accuracy"].items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for scorer, ordered in selection["ordered_pairs"].items():
+        shown = f"{show_estimate(ordered)} over {ordered['n']} problems" if ordered else "-"
+        lines.append(f"{scorer}, a correct sample above a wrong one of the same problem: {shown}")
     for d in selection["differences"]:
         lines.append(
             f"{d['method']} - {d['than']}, n = {d['samples']}: {show_estimate(d, signed=True)}, p = {d['p_value']:.2g}"

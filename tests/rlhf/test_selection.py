@@ -11,6 +11,7 @@ from rlhf.selection import (
     choices,
     draw_selection,
     majority_of_n,
+    ordered_pairs,
     selection_table,
     summarise_selection,
 )
@@ -54,6 +55,13 @@ def test_a_scorer_that_knows_is_as_good_as_pass_at_n_and_one_that_knows_nothing_
 def test_only_the_order_of_scores_matters_and_not_that_of_samples():
     assert best_of_n([s**3 - 7 for s in SCORES], CORRECT, 2) == best_of_n(SCORES, CORRECT, 2)
     assert best_of_n(SCORES[::-1], CORRECT[::-1], 2) == best_of_n(SCORES, CORRECT, 2)
+
+
+def test_pairs_of_a_correct_and_a_wrong_sample_are_ordered_as_their_scores_and_a_tie_is_half():
+    # right ones 0.5 and 0.1, wrong ones 0.9 and 0.5: one tie and three the wrong way round
+    assert ordered_pairs(SCORES, CORRECT) == 0.5 / 4
+    assert ordered_pairs([1.0, 0.0], [True, False]) == 1.0
+    assert ordered_pairs([1.0, 0.0], [True, True]) is None
 
 
 def test_a_vote_among_all_samples_is_the_vote_of_evaluation_and_a_vote_of_one_is_its_sample():
@@ -139,6 +147,11 @@ def test_methods_are_compared_on_the_same_problems_at_the_largest_n(selection):
     best = found["best by outcome model", "majority"]
     assert (best["mean"], best["n"]) == (pytest.approx(3 / 8), 2)
     assert found["best by outcome model", "pass@1"]["mean"] == pytest.approx(1 - 3 / 8)
+
+
+def test_the_order_of_samples_is_told_of_problems_that_have_both_kinds(selection):
+    ordered = selection["ordered_pairs"]["outcome model"]
+    assert (ordered["mean"], ordered["n"]) == (1.0, 2)
 
 
 def test_the_table_and_the_picture_show_every_method(selection, tmp_path):
