@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data.records import Demonstration, PreferencePair
-from rlhf.types import Prompt
+from rlhf.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +98,21 @@ class ChatRenderer:
         """A question as the policy sees it, with the reference answer and what else the data says of it."""
         token_ids = tuple(self.prompt_ids(question))
         return Prompt(id=id, token_ids=token_ids, question=question, reference=reference, columns=columns or {})
+
+    def rollout(self, prompt: Prompt, response: str, *, truncated: bool) -> Rollout:
+        """A response of which only the text is known, as this tokenizer has it; one that was cut off has no stop token."""
+        text = self.completion(response)
+        token_ids = tuple(self.response_ids(text))
+        if truncated and len(token_ids) > 1:
+            token_ids = token_ids[:-1]
+        return Rollout(
+            prompt=prompt,
+            token_ids=token_ids,
+            logprobs=(0.0,) * len(token_ids),
+            finish_reason="length" if truncated else "stop",
+            text=text,
+            policy_version=0,
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion without its stop token; every other token stays visible."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from data.sources import Source, text
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
-def pair(key: str, chosen: Conversation, rejected: Conversation) -> list[PreferencePair]:
+def pair(key: str, chosen: Conversation, rejected: Conversation, margin: float | None = None) -> list[PreferencePair]:
     """Raises a ValueError when the two answer different questions, or say the same."""
     if (chosen.system, chosen.history, chosen.question) != (rejected.system, rejected.history, rejected.question):
         raise ValueError("chosen and rejected differ before their last response")
@@ -27,6 +28,7 @@ def pair(key: str, chosen: Conversation, rejected: Conversation) -> list[Prefere
             rejected=rejected.response,
             history=chosen.history,
             system=chosen.system,
+            margin=margin,
         )
     ]
 
@@ -52,7 +54,7 @@ def _dialogue(transcript: str, name: str) -> Conversation:
 def from_pair(row: Mapping[str, Any], key: str) -> list[PreferencePair]:
     """The forms in use, told apart by their fields:
 
-    `{prompt, chosen, rejected}` as texts; with the two as message lists that begin with the same turns (UltraFeedback-binarised);
+    `{prompt, chosen, rejected}` as texts; with `margin`, or with `score_chosen` and `score_rejected`, whose difference is the margin; with the two as message lists that begin with the same turns (UltraFeedback-binarised);
     as single messages after `conversations` (LLaMA-Factory); `{input, output_1, output_2, label}` (LLMBar).
 
     Raises:
@@ -65,7 +67,17 @@ def from_pair(row: Mapping[str, Any], key: str) -> list[PreferencePair]:
         raise ValueError(
             f"the chosen response scores {scores[0]} and the rejected one {scores[1]}: no preference to learn"
         )
-    return pair(key, *(_side(row, name) for name in ("chosen", "rejected")))
+    chosen, rejected = (_side(row, name) for name in ("chosen", "rejected"))
+    return pair(key, chosen, rejected, margin=_margin(row, *scores))
+
+
+def _margin(row: Mapping[str, Any], chosen: Any, rejected: Any) -> float | None:
+    if row.get("margin") is not None:
+        if type(row["margin"]) not in (int, float):
+            raise ValueError(f"field 'margin' must be a number, got {row['margin']!r:.40}")
+        return float(row["margin"])
+    told = all(type(score) in (int, float) and math.isfinite(score) for score in (chosen, rejected))
+    return float(chosen - rejected) if told else None
 
 
 def _side(row: Mapping[str, Any], name: str) -> Conversation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
@@ -79,9 +80,15 @@ class PreferencePair:
     """Earlier turns, the user's and the assistant's alternating."""
     system: str = ""
     """A system prompt of the conversation's own."""
+    margin: float | None = None
+    """By how much the first is better, in the source's own unit; None where it does not say."""
+    source: str = ""
+    """Where the pair is from, or what kind it is of; a reward model's accuracy is told for each."""
 
     def __post_init__(self) -> None:
         _check_history(self.history)
+        if self.margin is not None and not 0 <= self.margin < math.inf:
+            raise ValueError(f"field 'margin' must be a number of 0 or more, got {self.margin}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from data.chat import render_response
 from data.records import Demonstration, LabelledSteps, PreferencePair, Prepared, Problem
@@ -169,14 +169,30 @@ def to_demonstration(story: Story, *, answers_at_once: bool) -> Demonstration:
     )
 
 
-Slip = Literal["result", "operand", "operator", "omission"]
+Slip = Literal["result", "operand", "operator", "omission", "guess"]
+GUESSES = 0.2
+"""Share of the preference pairs whose rejected response answers at once, and wrong, as a policy of this task does."""
 
 
-def spoil(rng: random.Random, story: Story) -> tuple[int, list[str], str]:
-    """A worked solution with one error, carried on to the end: (index of the first wrong step, steps, wrong answer).
+class Spoiled(NamedTuple):
+    """A solution with one error, carried on to the end."""
 
-    The error is a wrong result, an operand misread from the story, the opposite operation, or a step left out.
-    """
+    step: int
+    """Index of the first wrong step."""
+    steps: list[str]
+    answer: str
+    slip: Slip
+
+
+def guess(rng: random.Random, story: Story) -> Spoiled:
+    """No scratchpad, and a wrong answer not far from the right one."""
+    right = story.values[-1]
+    near = [n for n in range(max(1, right - 6), min(LARGEST, right + 6) + 1) if n != right]
+    return Spoiled(0, [], str(rng.choice(near)), "guess")
+
+
+def spoil(rng: random.Random, story: Story) -> Spoiled:
+    """A worked solution with a wrong result, an operand misread from the story, the opposite operation, or a step left out."""
     while True:
         slip: Slip = rng.choice(("result", "operand", "operator", "omission"))
         step = rng.randrange(story.level - (slip == "omission"))  # an omitted last step would leave nothing to see
@@ -200,17 +216,18 @@ def spoil(rng: random.Random, story: Story) -> tuple[int, list[str], str]:
             possible = possible and event.is_possible(values[-1])
             values.append(event.apply(values[-1]) + (offset if i == step else 0))
         if possible and all(1 <= value <= LARGEST for value in values) and values[-1] != story.values[-1]:
-            return step, write_steps(tuple(events), values), str(values[-1])
+            return Spoiled(step, write_steps(tuple(events), values), str(values[-1]), slip)
 
 
 def to_preference_pair(story: Story, rng: random.Random) -> PreferencePair:
-    step, steps, answer = spoil(rng, story)
+    spoiled = guess(rng, story) if rng.random() < GUESSES else spoil(rng, story)
     return PreferencePair(
         id=f"story-{story.key()[:16]}",
         question=story.question,
         chosen=render_response("\n".join(write_steps(story.events, story.values)), story.answer),
-        rejected=render_response("\n".join(steps), answer),
-        error_step=step,
+        rejected=render_response("\n".join(spoiled.steps), spoiled.answer),
+        error_step=spoiled.step,
+        source=spoiled.slip,
     )
 
 
@@ -218,7 +235,7 @@ def to_labelled_steps(story: Story, rng: random.Random) -> LabelledSteps:
     """A scratchpad, every other one spoiled: the steps before the error are right, the error and all that builds on it is not."""
     wrong, steps = story.level, write_steps(story.events, story.values)
     if rng.random() < 0.5:
-        wrong, steps, _ = spoil(rng, story)
+        wrong, steps, *_ = spoil(rng, story)
     labels = [i < wrong for i in range(len(steps))]
     return LabelledSteps(id=f"story-{story.key()[:16]}", question=story.question, steps=steps, labels=labels)
 

@@ -12,14 +12,16 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
+from reward_models.pair_report import ScoredPair, draw_report, report
 from rlhf.config import RewardModel
+from rlhf.critic import HEAD
 from rlhf.distributed import global_max, place_frozen
 from rlhf.lora import adapt, save_model
 from rlhf.run import write_json
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 from rlhf.types import Rollout
 
-STATISTICS = "reward_statistics.json"
+STATISTICS, PICTURE = "reward_statistics.json", "reward_model.png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,10 @@ class TokenPair:
 
     chosen_ids: list[int]
     rejected_ids: list[int]
+    prompt_length: int = 0
+    """Tokens that the two have in common because they are the prompt."""
+    margin: float | None = None
+    source: str = ""
 
 
 def pairwise_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> float:
@@ -71,6 +77,10 @@ class OutcomeModel:
                 f"{path} does not hold a whole reward model: {', '.join(bad[:5])} missing or unexpected; a head initialised at random would reward noise"
             )
         stored = json.loads(statistics.read_text(encoding="utf-8"))
+        if not stored["std"] > 0:
+            raise ValueError(
+                f"{path} scored all held-out responses alike (std {stored['std']}), so its scores cannot be standardised; train it longer or on other pairs"
+            )
         return cls(model.to(device).eval(), model.config.pad_token_id, stored["mean"], stored["std"])
 
     @torch.no_grad()
@@ -101,6 +111,15 @@ class OutcomeModel:
         ).logits
         return logits[:, 0].float().cpu()
 
+    def chances(self, *, batch_size: int) -> Callable[[Sequence[Rollout]], list[float]]:
+        """Rollouts to the chance, by Bradley and Terry, that each is preferred to a response of average held-out score: sigmoid(r - mean)."""
+
+        def score(rollouts: Sequence[Rollout]) -> list[float]:
+            raw = self.raw_scores([(*r.prompt.token_ids, *r.token_ids) for r in rollouts], batch_size=batch_size)
+            return torch.sigmoid(raw.double() - self.mean).tolist()  # in float32 everything above 17 would be a tie
+
+        return score
+
     def scorer(self, *, clip: float, batch_size: int) -> Callable[[Sequence[Rollout]], list[float]]:
         """Rollouts to standardised scores in [-clip, clip]."""
 
@@ -111,8 +130,40 @@ class OutcomeModel:
         return score
 
 
-def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: list[TokenPair]) -> dict[str, float]:
-    """Train with TRL's RewardTrainer and save model, tokenizer and statistics in `output_dir`; returns held-out figures."""
+def training_rows(pairs: Sequence[TokenPair], *, margin_scale: float) -> list[dict[str, Any]]:
+    """Rows for TRL's RewardTrainer, which subtracts a margin inside the loss (https://arxiv.org/abs/2307.09288, eq. 2).
+
+        L = -log sigmoid(r_chosen - r_rejected - margin_scale · margin)
+
+    A pair without a margin has one of 0, and with margin_scale 0 no row has any.
+
+    Raises:
+        ValueError: when margins are asked for and no pair has one.
+    """
+    rows: list[dict[str, Any]] = [{"chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in pairs]
+    if margin_scale == 0:
+        return rows
+    if all(p.margin is None for p in pairs):
+        raise ValueError(f"margin_scale is {margin_scale:g} and no training pair has a margin; set margin_scale to 0")
+    return [{**row, "margin": margin_scale * (p.margin or 0.0)} for row, p in zip(rows, pairs, strict=True)]
+
+
+def score_pairs(pairs: Sequence[TokenPair], chosen: torch.Tensor, rejected: torch.Tensor) -> list[ScoredPair]:
+    """[N] pairs with their [N], [N] scores."""
+    return [
+        ScoredPair(
+            chosen=c,
+            rejected=r,
+            chosen_length=len(pair.chosen_ids) - pair.prompt_length,
+            rejected_length=len(pair.rejected_ids) - pair.prompt_length,
+            source=pair.source,
+        )
+        for pair, c, r in zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
+    ]
+
+
+def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: list[TokenPair]) -> dict[str, Any]:
+    """Train with TRL's RewardTrainer and save model, tokenizer, statistics and their picture in `output_dir`; returns held-out figures."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -129,13 +180,11 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
         trust_remote_code=False,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    adapt(model, config.model, trained_in_full=["score"])
+    adapt(model, config.model, trained_in_full=[HEAD])
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(**trainer_arguments(config), max_length=None, center_rewards_coefficient=config.centering),
-        train_dataset=Dataset.from_list(
-            [{"chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in train_pairs]
-        ),
+        train_dataset=Dataset.from_list(training_rows(train_pairs, margin_scale=config.margin_scale)),
         processing_class=tokenizer,
         callbacks=[LogLines(Path(config.output_dir) / "metrics.jsonl")],
     )
@@ -145,14 +194,18 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
     chosen = judge.raw_scores([p.chosen_ids for p in heldout_pairs], batch_size=64)
     rejected = judge.raw_scores([p.rejected_ids for p in heldout_pairs], batch_size=64)
     both = torch.cat([chosen, rejected])
+    scored = score_pairs(heldout_pairs, chosen, rejected)
+    found = report(scored, seed=config.seed)
     statistics = {
         "accuracy": pairwise_accuracy(chosen, rejected),
         "mean": both.mean().item(),
         "std": both.std().item(),
         "num_pairs": len(heldout_pairs),
+        **found,
     }
     save_model(trained, config.output_dir, write=trainer.accelerator.is_main_process)
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(config.output_dir)
         write_json(Path(config.output_dir) / STATISTICS, statistics)
+        draw_report(scored, found, Path(config.output_dir) / PICTURE)
     return statistics

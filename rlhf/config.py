@@ -457,6 +457,9 @@ class RewardModel(Section):
     max_tokens: PositiveInt
     centering: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the penalty on (sum of the two rewards)^2, which keeps the scores near zero."""
+    margin_scale: Annotated[float, Field(ge=0)] = 0.0
+    """What the margin of a pair, where its source has one, is multiplied with before the chosen response must be ahead by it
+    (https://arxiv.org/abs/2307.09288, eq. 2). 0 leaves margins out."""
     training: OfflineTraining
     optimizer: Optimizer
     script: ClassVar[str] = "scripts/train_reward_model.py"
@@ -1270,6 +1273,21 @@ class Benchmark(Section):
     revision: str | None = None
 
 
+class Selection(Section):
+    """One answer out of n samples of a problem: by majority, by a reward model's best sample, by weighted vote (see rlhf/selection.py)."""
+
+    ns: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8)
+    """Numbers of samples to choose from; each at most rollout.samples_per_prompt."""
+    outcome_model: str | None = None
+    """Folder of scripts/train_reward_model.py."""
+    process_model: str | None = None
+    """Folder of scripts/train_process_reward_model.py."""
+    aggregate: Literal["min", "product", "mean", "last"] = "min"
+    """What of a process model's steps is the score of a completion."""
+    batch_size: PositiveInt = 64
+    """Completions that the outcome model scores at once."""
+
+
 class Evaluate(Section):
     """Accuracy of models on the same problems, with intervals, and their paired difference."""
 
@@ -1293,6 +1311,8 @@ class Evaluate(Section):
     """How plainly a completion must say its answer; each takes what the ones before it take (see reward_models/grading/extraction.py)."""
     pass_at: tuple[PositiveInt, ...] = (1,)
     """The k of pass@k; each at most rollout.samples_per_prompt."""
+    selection: Selection | None = None
+    """Compare ways to choose one of a problem's samples."""
     num_shown: Annotated[int, Field(ge=0)] = 3
     """Problems whose answers by every model are kept for reading."""
     data_manifest: str | None = None
@@ -1323,6 +1343,11 @@ class Evaluate(Section):
             raise ValueError(
                 f"pass_at asks for pass@{max(self.pass_at)} from rollout.samples_per_prompt = {self.rollout.samples_per_prompt} samples; "
                 "raise samples_per_prompt or lower pass_at"
+            )
+        if self.selection is not None and max(self.selection.ns) > self.rollout.samples_per_prompt:
+            raise ValueError(
+                f"selection.ns asks for {max(self.selection.ns)} samples to choose from and rollout.samples_per_prompt is "
+                f"{self.rollout.samples_per_prompt}; raise samples_per_prompt or lower ns"
             )
         if self.rollout.temperature == 0 and self.rollout.samples_per_prompt > 1:
             raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rlhf.types import Verdict
@@ -50,10 +50,13 @@ class GradedProblem:
     reference: str = ""
     prefill: str = ""
     """What the chat template writes of the answer before the model does."""
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """What each reward model of the recipe thinks of each sample, 0 or more, by the model's name."""
 
     def __post_init__(self) -> None:
-        for name in ("answers", "lengths", "truncated", "texts", "reasons", "weights"):
-            size = len(getattr(self, name))
+        each = {n: getattr(self, n) for n in ("answers", "lengths", "truncated", "texts", "reasons", "weights")}
+        for name, values in (each | {f"scores of {scorer}": s for scorer, s in self.scores.items()}).items():
+            size = len(values)
             if size != len(self.verdicts) and not (size == 0 and name in ("reasons", "weights")):
                 raise ValueError(f"problem {self.id!r} has {len(self.verdicts)} verdicts and {size} {name}")
 
@@ -71,6 +74,7 @@ class GradedProblem:
                 f"field {sorted(wrong)[0]!r} is {'unknown' if set(row) - known else 'missing'} in a row of samples"
             )
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in row.items()}
+        values["scores"] = {scorer: tuple(s) for scorer, s in row.get("scores", {}).items()}
         return cls(**values)
 
     @property

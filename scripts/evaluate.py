@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from rlhf.card import (
     without_leaks,
     write_card,
 )
-from rlhf.config import Evaluate, EvaluatedModel, load_config, to_yaml
+from rlhf.config import Chat, Evaluate, EvaluatedModel, Selection, load_config, to_yaml
 from rlhf.evaluation import ORIGINAL, GradedProblem, compare, summarise
 from rlhf.evaluation_files import compare_evaluations, comparison_text, read_evaluated, read_samples, write_samples
 from rlhf.power import power_text
@@ -58,11 +58,13 @@ from rlhf.run import (
     say,
     write_json,
 )
+from rlhf.selection import draw_selection, selection_table, summarise_selection
+from rlhf.types import Rollout
 from rlhf.uncertainty import Spread
 
 LONGEST_VOTE = 300
 """Characters of an answer that are brought to one spelling for a vote; a longer one votes as it stands."""
-REGRADABLE = ("pass_at", "num_shown", "truncated", "accept", "data_manifest")
+REGRADABLE = ("pass_at", "selection", "num_shown", "truncated", "accept", "data_manifest")
 """Keys that may change between sampling and grading again."""
 
 
@@ -309,6 +311,66 @@ def grade_problems(problems: Sequence[GradedProblem], config: Evaluate) -> list[
     return graded
 
 
+def score_samples(problems: Sequence[GradedProblem], selection: Selection, chat: Chat) -> list[GradedProblem]:
+    """The same samples with every reward model's scores, each model reading them through its own tokenizer and template."""
+    import torch
+
+    from reward_models.outcome import OutcomeModel
+    from reward_models.process import TOKENS_PER_BATCH, ProcessModel, aggregate
+    from rlhf.models import load_tokenizer
+
+    if any(not p.question for p in problems):
+        raise ValueError("the kept samples have no questions, which a reward model must see; sample them again")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorers: dict[str, tuple[str, Callable[[Sequence[Rollout]], list[float]]]] = {}
+    if selection.outcome_model is not None:
+        outcome = OutcomeModel.load(selection.outcome_model, device=device)
+        scorers["outcome model"] = (selection.outcome_model, outcome.chances(batch_size=selection.batch_size))
+    if selection.process_model is not None:
+        judge_steps = ProcessModel.load(selection.process_model, device=device).scorer(
+            tokens_per_batch=TOKENS_PER_BATCH
+        )
+
+        def of_steps(rollouts: Sequence[Rollout]) -> list[float]:
+            return [aggregate([step.value for step in steps], selection.aggregate) for steps in judge_steps(rollouts)]
+
+        scorers["process model"] = (selection.process_model, of_steps)
+    scores: list[dict[str, tuple[float, ...]]] = [{} for _ in problems]
+    for name, (path, score) in scorers.items():
+        renderer = ChatRenderer(load_tokenizer(path), chat.system_prompt)
+        prompts = [renderer.prompt(p.id, p.question, p.reference) for p in problems]
+        values = iter(
+            score(
+                [
+                    renderer.rollout(prompt, p.prefill + text, truncated=cut)
+                    for prompt, p in zip(prompts, problems, strict=True)
+                    for text, cut in zip(p.texts, p.truncated, strict=True)
+                ]
+            )
+        )
+        for of_problem, problem in zip(scores, problems, strict=True):
+            of_problem[name] = tuple(next(values) for _ in problem.texts)
+    return [dataclasses.replace(p, scores=s) for p, s in zip(problems, scores, strict=True)]
+
+
+def choose(
+    config: Evaluate, run: Run, graded: Mapping[str, list[GradedProblem]]
+) -> tuple[dict[str, list[GradedProblem]], dict[str, Any]]:
+    """(problems with their samples' scores, accuracy of every way to choose among them) of each model; a picture beside them."""
+    assert config.selection is not None
+    started = time.perf_counter()
+    scored = {label: score_samples(problems, config.selection, config.chat) for label, problems in graded.items()}
+    say(f"reward models scored all samples in {time.perf_counter() - started:.1f} s")
+    selections = {
+        label: summarise_selection(problems, ns=config.selection.ns, seed=config.seed)
+        for label, problems in scored.items()
+    }
+    for label, selection in selections.items():
+        say(f"\n{selection_table(label, selection)}")
+    draw_selection(selections, run.folder / "selection.png")
+    return scored, selections
+
+
 def finish(
     config: Evaluate, run: Run, graded: Mapping[str, list[GradedProblem]], cards: Mapping[str, Card], *, is_main: bool
 ) -> None:
@@ -325,6 +387,10 @@ def finish(
         ],
     }
     if is_main:
+        if config.selection is not None:
+            graded, selections = choose(config, run, graded)
+            for label, selection in selections.items():
+                results["models"][label]["selection"] = selection
         for label, problems in graded.items():
             write_samples(run.folder / f"samples.{label}.jsonl", problems)
             scores = results["models"][label]
@@ -364,6 +430,10 @@ def evaluate(config: Evaluate, run: Run) -> None:
     for label, model in config.models.items():
         if model.server is None:
             check_model_path(model.path, f"models.{label}.path")
+    for key in ("outcome_model", "process_model") if config.selection is not None else ():
+        path = getattr(config.selection, key)
+        if path is not None:
+            check_model_path(path, f"selection.{key}")
     accelerator = start(config.seed)
     graded: dict[str, list[GradedProblem]] = {}
     cards: dict[str, Card] = {}

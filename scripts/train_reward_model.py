@@ -3,6 +3,7 @@
 from data.chat import ChatRenderer
 from data.records import PreferencePair, read_records
 from reward_models.outcome import TokenPair, train
+from reward_models.pair_report import report_table
 from rlhf.config import RewardModel
 from rlhf.models import check_model_path, load_tokenizer
 from rlhf.run import Run, run_stage, say
@@ -20,7 +21,13 @@ def train_reward_model(config: RewardModel, run: Run) -> None:
 
     def tokens(pair: PreferencePair) -> TokenPair:
         prompt, chosen, rejected = renderer.pair_ids(pair)
-        return TokenPair(chosen_ids=prompt + chosen, rejected_ids=prompt + rejected)
+        return TokenPair(
+            chosen_ids=prompt + chosen,
+            rejected_ids=prompt + rejected,
+            prompt_length=len(prompt),
+            margin=pair.margin,
+            source=pair.source,
+        )
 
     kept = {}
     for name, records in pairs.items():
@@ -31,8 +38,13 @@ def train_reward_model(config: RewardModel, run: Run) -> None:
         )
         if not kept[name]:
             raise ValueError(f"all {name} pairs are longer than max_tokens {config.max_tokens}; raise it")
+    with_margin = sum(pair.margin is not None for pair in kept["train"])
+    if with_margin and config.margin_scale == 0:
+        say(f"{with_margin:,} training pairs have a margin, which margin_scale 0 leaves out")
     statistics = train(config, train_pairs=kept["train"], heldout_pairs=kept["held-out"])
-    say(f"held-out accuracy {statistics['accuracy']:.3f} over {statistics['num_pairs']} pairs")
+    say(
+        f"held-out accuracy {statistics['accuracy']:.3f} over {statistics['num_pairs']} pairs\n{report_table(statistics)}"
+    )
     run.finish(**statistics)
 
 

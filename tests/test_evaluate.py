@@ -275,6 +275,10 @@ def test_the_embedded_task_is_a_benchmark_too():
             ["--config", "recipes/tiny/evaluate.yaml", "perturbations=[sarcasm]"],
             "perturbations.0' has the value 'sarcasm'",
         ),
+        (
+            ["--config", "recipes/tiny/evaluate.yaml", "selection={}"],
+            "selection.ns asks for 8 samples to choose from and rollout.samples_per_prompt is 4",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message):
@@ -285,6 +289,57 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message):
         done.stderr
     )
     assert message in done.stderr
+
+
+@pytest.fixture(scope="module")
+def judge(folder, model_folder, tokenizer):
+    """A reward model nobody trained, saved as one that was."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder / "judge")
+    tokenizer.save_pretrained(folder / "judge")
+    (folder / "judge/reward_statistics.json").write_text('{"mean": 0.1, "std": 1.0}')
+    return folder / "judge"
+
+
+def test_samples_are_chosen_by_vote_and_by_a_reward_model_and_chosen_anew_without_sampling(
+    script, folder, model_folder, judge, capsys, monkeypatch
+):
+    selection = {"ns": [1, 2], "outcome_model": str(judge)}
+    out = run(script, recipe(folder, "chosen", model_folder, selection=selection))
+    printed = capsys.readouterr().out
+    assert "best by outcome model - majority, n = 2: " in printed
+    result = json.loads((out / "results.json").read_text())["models"]["base"]
+    assert set(result["selection"]["accuracy"]) == {
+        "pass", "majority", "best by outcome model", "weighted by outcome model",
+    }  # fmt: skip
+    assert (out / "selection.png").read_bytes().startswith(b"\x89PNG")
+    samples = read_samples(out / "samples.base.jsonl")
+    assert all(0 < score < 1 for p in samples for score in p.scores["outcome model"])
+    monkeypatch.setitem(sys.modules, "rlhf.rollout.transformers", None)  # any use of an engine would fail
+    script.regrade(load_config(recipe(folder, "chosen", model_folder, selection={**selection, "ns": [2]})))
+    again = json.loads((out / "results.json").read_text())["models"]["base"]["selection"]
+    assert again["accuracy"]["majority"] == {"2": result["selection"]["accuracy"]["majority"]["2"]}
+    assert read_samples(out / "samples.base.jsonl") == samples
+
+
+def test_the_score_of_a_sample_is_the_reward_models_own_of_its_conversation(script, judge, renderer):
+    from reward_models.outcome import OutcomeModel
+    from rlhf.config import Chat, Selection
+
+    problem = script.GradedProblem(
+        id="a", level=0, question="What is 1 + 1?", reference="2", texts=("\\boxed{2}", "\\boxed{3"), lengths=(8, 8),
+        truncated=(False, True), answers=("2", None), verdicts=("correct", "wrong"),
+    )  # fmt: skip
+    (scored,) = script.score_samples([problem], Selection(outcome_model=str(judge)), Chat())
+    prompt = renderer.prompt_ids("What is 1 + 1?")
+    whole, cut = [*prompt, *renderer.response_ids("\\boxed{2}")], [*prompt, *renderer.response_ids("\\boxed{3")[:-1]]
+    raw = OutcomeModel.load(str(judge), device="cpu").raw_scores([whole, cut], batch_size=2).double()
+    assert scored.scores["outcome model"] == pytest.approx((raw - 0.1).sigmoid().tolist())
+    with pytest.raises(ValueError, match="the kept samples have no questions"):
+        script.score_samples([script.dataclasses.replace(problem, question="")], Selection(), Chat())
 
 
 def test_power_is_printed_without_any_run(script, capsys):

@@ -152,6 +152,25 @@ def test_every_form_of_a_pair_becomes_the_same_record(row):
     assert (pair.question, pair.chosen, pair.rejected, pair.history) == ("q", "a", "b", [])
 
 
+@pytest.mark.parametrize(
+    ("more", "margin"),
+    [
+        ({"score_chosen": 8.0, "score_rejected": 7.5}, 0.5),
+        ({"margin": 2}, 2.0),
+        ({}, None),
+        ({"score_chosen": 8.0}, None),
+    ],
+)
+def test_a_margin_is_the_rows_own_or_the_difference_of_its_scores(more, margin):
+    (pair,) = convert("pairs", {"prompt": "q", "chosen": "a", "rejected": "b", **more})
+    assert pair.margin == margin
+
+
+@pytest.mark.parametrize("margin", [-1, float("nan"), float("inf"), "2", True])
+def test_a_margin_that_is_none_is_refused(margin):
+    assert "margin" in refusal("pairs", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": margin})
+
+
 def test_a_tie_is_no_preference():
     tie = {"prompt": "q", "chosen": messages("q", "a"), "rejected": messages("q", "b"), "score_chosen": 8.0, "score_rejected": 8.0}  # fmt: skip
     assert "no preference to learn" in refusal("ultrafeedback", tie)

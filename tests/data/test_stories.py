@@ -50,6 +50,21 @@ def test_a_rejected_response_is_wrong_from_its_error_step_on_and_right_before():
         assert first_difference - 1 == pair.error_step  # line 0 is <think>
 
 
+def test_some_rejected_responses_answer_at_once_and_wrong_and_each_pair_says_what_is_wrong_with_it():
+    import random
+
+    rng = random.Random(0)
+    pairs = [to_preference_pair(story, rng) for story in stories("train", 300)]
+    assert {p.source for p in pairs} == {"result", "operand", "operator", "omission", "guess"}
+    guesses = [p for p in pairs if p.source == "guess"]
+    assert 0.1 < len(guesses) / len(pairs) < 0.3
+    for pair in guesses:
+        assert pair.rejected.startswith("<think>\n</think>\n")
+        assert 1 <= int(pair.rejected.partition("{")[2][:-1]) <= LARGEST
+        assert pair.rejected.splitlines()[-1] != pair.chosen.splitlines()[-1]
+        assert pair.error_step == 0
+
+
 def test_every_other_scratchpad_is_right_and_the_labels_of_the_others_turn_false_and_stay_false():
     import random
 

@@ -1,6 +1,7 @@
 """Rules, their sum, and the outcome model."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from reward_models.composite import CompositeReward, Part, build_reward, each, require_reachable
 from reward_models.grading import GraderPool
-from reward_models.outcome import STATISTICS, OutcomeModel, TokenPair, pairwise_accuracy, train
+from reward_models.outcome import PICTURE, STATISTICS, OutcomeModel, TokenPair, pairwise_accuracy, train, training_rows
 from reward_models.verifiable import find_rule, format_followed, overlong
 from rlhf.config import RuleReward, load_config
 from rlhf.types import Prompt, Rollout, StepReward
@@ -221,6 +222,40 @@ def test_a_reward_model_without_statistics_is_refused(tmp_path):
 def test_saved_statistics_are_those_of_the_held_out_scores(trained):
     folder, statistics, _ = trained
     assert json.loads((folder / STATISTICS).read_text()) == statistics
+
+
+def test_the_picture_and_the_report_lie_beside_the_model(trained):
+    folder, statistics, _ = trained
+    assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert statistics["interval"]["mean"] == statistics["accuracy"]
+    assert statistics["length_bias"]["same_length"]["n"] == 56  # both end in one token more than what they begin with
+
+
+def test_the_chance_to_be_preferred_is_that_of_bradley_and_terry_against_an_average_response(trained):
+    folder, statistics, _ = trained
+    model = OutcomeModel.load(str(folder), device="cpu")
+    raw = model.raw_scores([(1, 2, 5, 6)], batch_size=1).item()
+    [chance] = model.chances(batch_size=4)([rollout("x")])
+    assert chance == pytest.approx(1 / (1 + math.exp(statistics["mean"] - raw)), rel=1e-5)
+
+
+def test_margins_are_scaled_and_a_pair_without_one_has_none_to_make_up():
+    pairs = [TokenPair(chosen_ids=[1], rejected_ids=[2], margin=m) for m in (1.5, None, 0.5)]
+    assert [row["margin"] for row in training_rows(pairs, margin_scale=2.0)] == [3.0, 0.0, 1.0]
+    assert all("margin" not in row for row in training_rows(pairs, margin_scale=0.0))
+    with pytest.raises(ValueError, match="margin_scale is 2 and no training pair has a margin; set margin_scale to 0"):
+        training_rows(pairs[1:2], margin_scale=2.0)
+
+
+def test_a_margin_is_what_the_chosen_response_must_be_ahead_by(model_folder, tmp_path):
+    same = [TokenPair(chosen_ids=[20, 30, 10], rejected_ids=[20, 30, 10], margin=1.5)] * 4  # r_chosen - r_rejected = 0
+    overrides = [
+        f"output_dir={tmp_path}", f"model.path={model_folder}", "training={num_steps: 1, log_every: 1, sequences_per_step: 4, micro_batch_size: 4}",
+        "margin_scale=2", "centering=0",
+    ]  # fmt: skip
+    train(load_config(ROOT / "recipes/tiny/reward_model.yaml", overrides), train_pairs=same, heldout_pairs=same)
+    [row] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["loss"] == pytest.approx(math.log(1 + math.exp(2 * 1.5)))
 
 
 def test_a_recipes_reward_judges_in_processes_that_can_be_killed_with_the_recipes_limits():
