@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf.experience import Experience
 from rlhf.repetition import repeated_share
+
+if TYPE_CHECKING:
+    from rlhf.experience import Experience
 
 Row = dict[str, Any]
 

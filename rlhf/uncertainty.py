@@ -81,20 +81,37 @@ def bootstrap(per_problem: Sequence[float], *, seed: int = 0) -> Estimate:
     (Hesterberg 2015, https://doi.org/10.1080/00031305.2015.1089789): z' = -sqrt(n/(n-1)) t.
     """
     values = _values(per_problem)
-    n = values.size
+    low, high = _expanded_percentiles(_resampled_means(values, np.random.default_rng(seed)), values.size)
+    return Estimate(float(values.mean()), low, high, int(values.size))
+
+
+def bootstrap_gap(per_problem: Sequence[float], others: Sequence[float], *, seed: int = 0) -> Estimate:
+    """How much higher the mean of one group of problems is than that of another, each resampled by itself; n is the smaller group's size."""
+    one, other = _values(per_problem), _values(others)
     generator = np.random.default_rng(seed)
+    gaps = _resampled_means(one, generator) - _resampled_means(other, generator)
+    n = min(one.size, other.size)
+    low, high = _expanded_percentiles(gaps, n)
+    return Estimate(float(one.mean() - other.mean()), low, high, int(n))
+
+
+def _resampled_means(values: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
+    """[RESAMPLES] means of as many draws with replacement."""
+    n = values.size
     distinct, counts = np.unique(values, return_counts=True)
     if (
         8 * distinct.size <= n
     ):  # accuracies over few samples: how often each value is drawn is multinomial, the same draw at less cost
-        means = generator.multinomial(n, counts / n, RESAMPLES) @ distinct / n
-    else:
-        means = np.concatenate([values[generator.integers(0, n, (100, n))].mean(1) for _ in range(RESAMPLES // 100)])
+        return generator.multinomial(n, counts / n, RESAMPLES) @ distinct / n
+    return np.concatenate([values[generator.integers(0, n, (100, n))].mean(1) for _ in range(RESAMPLES // 100)])
+
+
+def _expanded_percentiles(resampled: NDArray[np.float64], n: int) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
     if n > 1:
         tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile(1 - tail, n - 1))
-    low, high = np.quantile(means, (tail, 1 - tail))
-    return Estimate(float(values.mean()), float(low), float(high), int(n))
+    low, high = np.quantile(resampled, (tail, 1 - tail))
+    return float(low), float(high)
 
 
 def share(per_problem: Sequence[float], *, samples: int = 1) -> Estimate:
