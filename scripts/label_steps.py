@@ -252,7 +252,8 @@ def label_chunks(labeller: Labeller, config: LabelSteps, chunks: Chunks, numbers
         if done == 0:
             say(expected_cost(config, [k.solution for k in kept], counts, len(numbers)))
         records, more = labeller.label(kept, seed_of(config.seed, number, 1))
-        chunks.write(number, records, counts + more, time.perf_counter() - started)
+        counts.update(more)  # adding them would drop what is 0
+        chunks.write(number, records, counts, time.perf_counter() - started)
         left = (time.perf_counter() - began) / (done + 1) * (len(numbers) - done - 1)
         say(
             f"  chunk {done + 1} of {len(numbers)}: {len(records)} solutions labelled with {more['completion_tokens']:,} tokens, about {left:.0f} s left"
@@ -293,7 +294,7 @@ def finish(run: Run, chunks: Chunks) -> None:
     write_records(records, run.folder / LABELS)
     right = sum(sum(r.labels) for r in records) / sum(len(r.labels) for r in records)
     rows = [(name.replace("_", " "), f"{counts[name]:,}") for name in sorted(counts)]
-    if counts["reused_prompt_tokens"] or "reused_prompt_tokens" in counts:
+    if "reused_prompt_tokens" in counts:
         share = counts["reused_prompt_tokens"] / max(counts["prompt_tokens"], 1)
         rows.append(("prompt tokens from the cache", f"{share:.1%}"))
     say(format_table([*rows, (LABELS, f"{len(records):,} solutions, {right:.1%} of their steps right")]))

@@ -31,6 +31,7 @@ from rlhf.config import (
     GSM8KSource,
     JudgeReward,
     Judging,
+    LabelSteps,
     ModelReward,
     Offline,
     Online,
@@ -60,8 +61,8 @@ def record_files(config: Config) -> list[tuple[str, type, str]]:
         ]
     if isinstance(config, Online):
         return [("problems", Problem, config.problems), ("demonstrations", Demonstration, config.demonstrations)]
-    if isinstance(config, Evaluate) and config.problems is not None:
-        return [("problems", Problem, config.problems)]
+    if isinstance(config, LabelSteps) or (isinstance(config, Evaluate) and config.problems is not None):
+        return [("problems", Problem, config.problems or "")]
     return []
 
 
@@ -73,6 +74,8 @@ def model_folders(config: Config) -> list[tuple[str, str]]:
         return [(f"models.{label}.path", model.path) for label, model in config.models.items() if model.server is None]
     if isinstance(config, EvaluateProcess):
         return [("model", config.model)]
+    if isinstance(config, LabelSteps):
+        return [("policy.path", config.policy.path)]
     if isinstance(config, CurateData):
         return [("difficulty.policy.path", config.difficulty.policy.path)] if config.difficulty else []
     if not isinstance(config, Online):
