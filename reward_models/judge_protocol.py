@@ -67,7 +67,6 @@ class Ask:
             "messages": list(self.messages),
             "temperature": config.temperature,
             "max_tokens": config.max_tokens,
-            "seed": 0,
             **({"response_format": form} if form else {}),
         }
 

@@ -105,6 +105,9 @@ def servers(reward_folder, tokenizer, tmp_path_factory):
 
 
 def judge(servers, **changes):
+    pytest.importorskip(
+        "lmformatenforcer", reason="vLLM imports it for structured output: install requirements/cpu.txt"
+    )
     small = {"explanation_chars": 40, "max_tokens": 300, "temperature": 1.0, "concurrency": 64}
     return Judge(JudgeModel(url=servers["judge"][1] + "/v1", **(small | changes)))
 
