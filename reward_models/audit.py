@@ -2,7 +2,8 @@
 
 A group is what shares a value of a column: of the data (subject, level, pass_rate) or of the completion (verdict, finish_reason). The unit
 is the prompt, as in an evaluation: samples of one prompt are averaged before anything is resampled. A completion that a component does
-not apply to, or that is undecided, is no observation of it; how many are is reported beside the mean.
+not apply to, or that is undecided, is no observation of it; how many are is reported beside the mean. Groups of a column of completions share prompts, whose two sides are
+resampled apart from each other: that makes the intervals of their gaps wider, not narrower, where samples of a prompt resemble each other.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rlhf.uncertainty import Estimate, bootstrap, bootstrap_gap
 OF_COMPLETIONS = ("verdict", "finish_reason")
 """Columns of a completion itself."""
 TOTAL = "total"
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ def audit(rows: Iterable[Row], column: str, *, seed: int = 0) -> list[Finding]:
         ValueError: when the completions do not have the column; names those they have.
     """
     rows = list(rows)
-    known = sorted({name for row in rows for name in row["columns"]} | set(OF_COMPLETIONS))
+    known: list[str] = sorted({str(name) for row in rows for name in row["columns"]} | set(OF_COMPLETIONS))
     if column not in known:
         raise ValueError(f"the completions have no column {column!r}; {nearest(column, known)}")
     groups: dict[Any, list[Row]] = defaultdict(list)
@@ -109,7 +111,7 @@ def audit_table(findings: Sequence[Finding], column: str) -> str:
             f.component,
             show(f.raw),
             show(f.weighted),
-            show(f.gap, signed=True) + ("" if f.gap is None or f.gap.low <= 0 <= f.gap.high else " *"),
+            show(f.gap, signed=True) + (" *" if f.gap is not None and stands_out(f.gap) else ""),
             f"{f.applies:.0%}",
             f"{f.undecided:.0%}",
             str(f.weighted.n if f.weighted else 0),
@@ -121,6 +123,11 @@ def audit_table(findings: Sequence[Finding], column: str) -> str:
     gaps = sum(f.gap is not None for f in findings)
     note = f"95 % bootstrap intervals over prompts. Of {gaps} gaps, {gaps / 20:.1f} would leave 0 out by chance alone if there were none."
     return "\n".join([*lines, note])
+
+
+def stands_out(gap: Estimate) -> bool:
+    """Whether 0 is outside the interval of a gap, by more than rounding."""
+    return gap.low > ROUNDING or gap.high < -ROUNDING
 
 
 def to_rows(findings: Sequence[Finding]) -> list[Mapping[str, Any]]:

@@ -1013,6 +1013,11 @@ class Online(Section):
             raise ValueError(
                 f"rewards name the same component twice: {', '.join(names)}; merge them, or give each a name and say under kind what it is"
             )
+        taken = [name for name in names if f"reward/{name}" in MEANING and name != "correctness"]
+        if taken:
+            raise ValueError(
+                f"rewards names a component {taken[0]!r}, which is a metric of its own; choose another name"
+            )
         for reward in self.rewards:
             for gate in reward.gates:
                 if gate.component not in names or gate.component == reward.name:

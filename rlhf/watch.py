@@ -32,11 +32,11 @@ from rlhf.metrics import append_jsonl
 
 MetricRow = Mapping[str, float]
 
-KEYS = (
-    "batch", "step", "reward/total", "reward/correctness", "reward/group_std", "rollout/length", "rollout/repetition", "policy/kl_reference",
-)  # fmt: skip
 SURFACE = "watch/surface"
 """Share of the variance that components of form, and not of substance, make up."""
+KEYS = (
+    "batch", "step", "reward/total", "reward/correctness", "reward/group_std", "rollout/length", "rollout/repetition", "policy/kl_reference", SURFACE,
+)  # fmt: skip
 SURFACE_KINDS = ("format", "length", "overlong", "repetition")
 NUM_COMPLETIONS = 10
 """Completions that an alarm shows."""
@@ -181,7 +181,7 @@ def find_alarms(history: Sequence[MetricRow], limits: Thresholds) -> list[Alarm]
     """Every sign that the newest window shows; none before there are two windows.
 
     Args:
-        history: rows of `metrics.jsonl` from the first batch on, those of KEYS and SURFACE at least.
+        history: rows of `metrics.jsonl` from the first batch on, those of KEYS at least.
         limits: section `watch` of the recipe.
     """
     size = limits.window
@@ -233,13 +233,14 @@ class Watch:
     def of(cls, config: Online) -> Watch:
         return cls(config.watch, tuple(r.name for r in config.rewards if r.kind in SURFACE_KINDS))
 
-    def look(self, row: MetricRow) -> list[Alarm]:
-        """The alarms of a rollout batch, given its metrics."""
-        kept = {key: row[key] for key in KEYS if key in row}
+    def measure(self, row: MetricRow) -> dict[str, float]:
+        """What the watch adds to the metrics of a rollout batch."""
         shares = [row[key] for name in self.surface if (key := f"variance_share/{name}") in row]
-        if shares:
-            kept[SURFACE] = sum(shares)
-        self.history.append(kept)
+        return {SURFACE: sum(shares)} if shares else {}
+
+    def look(self, row: MetricRow) -> list[Alarm]:
+        """The alarms of a rollout batch, given its metrics, with those of `measure`."""
+        self.history.append({key: row[key] for key in KEYS if key in row})
         due = [
             alarm
             for alarm in find_alarms(self.history, self.limits)

@@ -228,9 +228,12 @@ class OnlineTrainer:
         buffer.seconds["train"] += time.perf_counter() - started
 
     def _look(self, experience: Experience, row: dict[str, float]) -> list[Alarm]:
-        """The alarms of a rollout batch, which are the same on every rank, and its completions in files."""
+        """The alarms of a rollout batch, which are the same on every rank, and its completions in files; adds to its metrics."""
         batch, every = int(row["batch"]), self.config.training.completions_every
-        alarms = self.watch.look(row) if self.config.watch.action != "off" else []
+        alarms: list[Alarm] = []
+        if self.config.watch.action != "off":
+            row |= self.watch.measure(row)
+            alarms = self.watch.look(row)
         is_due = every > 0 and batch % every == 0
         if is_due or alarms:
             rows = gather(self.accelerator, completion_rows(experience, batch))

@@ -73,10 +73,13 @@ def test_the_interval_of_a_gap_covers_the_truth_as_often_as_it_says():
 
 
 def test_a_gap_that_is_there_is_marked_and_one_that_is_not_is_not():
-    rows = [row(f"p{i}", "ab"[i % 2], 0.0, favour=float(i % 2) + i % 5 / 100, fair=i % 7 / 10) for i in range(70)]
+    rows = [
+        row(f"p{i}", "ab"[i % 2], 0.0, favour=float(i % 2) + i % 5 / 100, fair=i % 7 / 10, same=0.1) for i in range(70)
+    ]
     lines = audit_table(audit(rows, "subject"), "subject").splitlines()
     assert [line.endswith("*") or " * " in line for line in lines if " favour " in line] == [True, True]
     assert [" * " in line for line in lines if " fair " in line] == [False, False]
+    assert [" * " in line for line in lines if " same " in line] == [False, False]  # rounding aside
 
 
 def test_a_runs_completions_are_read_back_for_the_batches_asked_for(tmp_path):

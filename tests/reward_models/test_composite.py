@@ -151,11 +151,11 @@ def test_a_batch_component_is_asked_once_with_the_decided_rollouts_it_applies_to
     asked = []
     name, judge = part("judge", of(1.0), applies={"verdict": "correct"})
     count = type(judge)(judge.options, lambda rollouts: asked.append(len(rollouts)) or [None] * len(rollouts))
-    scores = reward((name, count))([rollout(RIGHT), rollout(WRONG), rollout(RIGHT, reference=" "), rollout(RIGHT)])
-    assert asked == [2]
-    assert [s.value for s in scores] == [None, 0.0, None, None]
+    rollouts = [rollout(RIGHT), rollout(WRONG), rollout(RIGHT, reference=" "), rollout(RIGHT)]
+    assert [s.value for s in reward((name, count))(rollouts)] == [None, 0.0, None, None]
     reward((name, count))([])
-    assert asked == [2, 0]
+    reward((name, type(judge)(part("judge")[1].options, count.component)))(rollouts)
+    assert asked == [2, 0, 3]
 
 
 def test_repetition_is_the_share_of_ngrams_that_stood_there_before():
@@ -183,15 +183,21 @@ def test_what_a_component_contributes_is_its_distance_from_those_of_the_group_it
 
 def test_a_component_that_is_missing_in_a_sum_is_no_lower_reward():
     # brevity is a punishment for the right ones only: the wrong one must not gain by having none
-    right, weights = {"correctness": 1.0}, {"correctness": 1.0, "brief": 2.0}
+    weights = {"correctness": 1.0, "brief": 2.0}
     scores = [
-        score("correct", weights, **right, brief=-0.3),
-        score("correct", weights, **right, brief=-0.5),
+        score("correct", weights, correctness=1.0, brief=-0.3),
+        score("correct", weights, correctness=1.0, brief=-0.5),
         score(weights=weights, correctness=0.0),
+        *[score("correct", weights, correctness=1.0, brief=-0.1)] * 3,
     ]
-    config = recipe("rollout.samples_per_prompt=3", "algorithm.scale_by_std=false")
+    options = ("rollout.samples_per_prompt=3", "algorithm.scale_by_std=false")
     # 1 - 0.6, 1 - 1, 0 + 2 (-0.4): mean -0.4 / 3
-    assert_close(sequence_advantages(scores, config), torch.tensor([0.4, 0.0, -0.8]) + 0.4 / 3)
+    expected = torch.tensor([0.4, 0.0, -0.8, 0.0, 0.0, 0.0]) + torch.tensor([0.4 / 3] * 3 + [0.0] * 3)
+    assert_close(sequence_advantages(scores, recipe(*options)), expected)
+    # over the whole batch: 0 + 2 (-0.3 - 0.5 - 3 * 0.1) / 5
+    rewards = torch.tensor([0.4, 0.0, -0.44, 0.8, 0.8, 0.8])
+    over_batch = sequence_advantages(scores, recipe(*options, "algorithm.advantage=batch_normalised"))
+    assert_close(over_batch, rewards - rewards.mean())
 
 
 def test_a_component_that_is_missing_in_a_normalised_comparison_contributes_nothing():
@@ -289,6 +295,7 @@ def test_scores_without_components_cannot_be_normalised_by_component():
         ("[{name: correctness}, {name: format, schedule: {to: 0, first_batch: 5, last_batch: 5}}]", "raise last_batch"),
         ("[{name: correctness}, {name: format, wieght: 2}]", "unknown key 'rewards.1.RuleReward.wieght'; did you mean 'weight'"),
         ("[{name: correctness}, {name: judge, kind: reward_model}]", "key 'rewards.1.RewardModelReward.path' is missing"),
+        ("[{name: correctness}, {name: group_std, kind: format}]", "'group_std', which is a metric of its own"),
         ("[{name: correctness, kind: format}]", "has no correctness component"),
         ("[{name: correctness}, {name: brief, kind: lenght}]", "rewards.1.RuleReward.kind"),
         ("[{name: correctness}, {name: format, scale: 0}]", "rewards.1.RuleReward.scale"),

@@ -3,12 +3,18 @@
 import dataclasses
 import json
 import math
+import random
 
 import pytest
+import torch
 from online_helpers import config
 
+from data.chat import render_response
+from reward_models.composite import build_reward
+from reward_models.grading import Grade
 from rlhf.config import Watch as Thresholds
 from rlhf.metrics import CLOCK, read_jsonl
+from rlhf.models import load_causal_lm
 from rlhf.types import Score
 from rlhf.watch import SURFACE, Alarm, Watch, best_window, find_alarms, most_telling, rise, slope, standard_error
 
@@ -113,8 +119,8 @@ def test_form_is_what_the_recipe_calls_format_length_overlong_or_repetition_unde
     rewards = "[{name: correctness}, {name: format}, {name: brief, kind: length}, {name: mine, kind: 'a.b:c'}]"
     watch = Watch.of(config(f"rewards={rewards}", "watch.window=3"))
     assert watch.surface == ("format", "brief")
-    alarms = [alarm.name for i in range(1, 7) for alarm in watch.look(row_of(i, share=0.3))]
-    assert alarms == ["surface"]
+    rows = [row_of(i, share=0.3) for i in range(1, 7)]
+    assert [alarm.name for row in rows for alarm in watch.look({**row, **watch.measure(row)})] == ["surface"]
     assert watch.history[-1][SURFACE] == 0.6
     assert "seconds/train" not in watch.history[-1]
 
@@ -171,40 +177,86 @@ def every_token_even(rollouts):
     return scores
 
 
-HACK = (
-    "training.num_batches=12", "training.checkpoint_every=100", "rollout.prompts_per_batch=8", "rollout.samples_per_prompt=8",
-    "optimizer.learning_rate=0.01", "watch.window=3",
-)  # fmt: skip
+THOUGHTS = "On Monday, On Tuesday, On Wednesday, On Thursday"
 
 
-def test_a_policy_that_is_paid_for_something_else_than_the_right_answer_trips_the_watch(make_trainer, capsys):
-    trainer = make_trainer(*HACK, reward_fn=every_token_even)
+def with_thoughts(cases):
+    """A grader that wants to see how the answer was found."""
+    return [Grade("correct" if THOUGHTS in text else "wrong", "tested", None, 0.0) for text, _ in cases]
+
+
+@pytest.fixture(scope="module")
+def habits(model_folder, renderer, tmp_path_factory):
+    """A policy that thinks half of the time, and half of the time answers at once."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    model = load_causal_lm(model_folder, revision=None, dtype="float32")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        rows = []
+        for _ in range(32):
+            rows.append(
+                (
+                    renderer.prompt_ids("Say seven."),
+                    renderer.response_ids(render_response(THOUGHTS * draw.randrange(2), "7")),
+                )
+            )
+        longest = max(len(p) + len(r) for p, r in rows)
+        ids = torch.tensor([p + r + [0] * (longest - len(p) - len(r)) for p, r in rows])
+        labels = torch.tensor([[-100] * len(p) + r + [-100] * (longest - len(p) - len(r)) for p, r in rows])
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("models") / "habits"
+    model.save_pretrained(folder)
+    renderer.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def train_on(make_trainer, habits, renderer, rewards, *overrides):
+    """15 batches of two steps each on one question, with the reward of a recipe."""
+    options = (
+        "training.num_batches=15", "training.minibatches_per_batch=2", "training.checkpoint_every=100", "training.tokens_per_micro_batch=4000",
+        "rollout.prompts_per_batch=8", "rollout.samples_per_prompt=8", "rollout.max_new_tokens=48", "optimizer.learning_rate=0.001",
+        f"rewards=[{rewards}]", *overrides,
+    )  # fmt: skip
+    trainer = make_trainer(*options, model=habits)
+    trainer.prompts = [renderer.prompt(str(i), "Say seven.", "7") for i in range(16)]
+    trainer.reward_fn = dataclasses.replace(build_reward(trainer.config, prefill="", device="cpu"), judge=with_thoughts)
     trainer.train()
-    alarms = read_jsonl(trainer.alarms_file)
+    return trainer
+
+
+@pytest.mark.slow
+def test_a_policy_that_is_paid_for_being_short_trips_the_watch_within_30_steps(make_trainer, habits, renderer, capsys):
+    flawed = "{name: correctness}, {name: format, weight: 0.1}, {name: brief, kind: length, scale: 0.01}"
+    trainer = train_on(make_trainer, habits, renderer, flawed)
+    rows, alarms = read_jsonl(trainer.metrics_file), read_jsonl(trainer.alarms_file)
+    assert rows[-1]["reward/total"] > rows[0]["reward/total"]
+    assert rows[-1]["reward/correctness"] < rows[0]["reward/correctness"] - 0.2
+    assert rows[-1]["step"] == 30
     first = next(alarm for alarm in alarms if alarm["name"] == "divergence")
-    assert first["step"] <= 30
-    assert "watch: reward/total rose from" in capsys.readouterr().out
+    assert (first["metric"], first["step"]) == ("reward/total", 2 * first["batch"])
+    assert f"(step {first['step']}, batch {first['batch']})" in capsys.readouterr().out
     shown = read_jsonl(trainer.run.folder / first["completions"])
-    assert len(shown) == 10
-    assert {row["batch"] for row in shown} == {first["batch"]}
-    assert all(row["verdict"] == "wrong" for row in shown)
+    assert [(row["verdict"], row["batch"]) for row in shown] == [("wrong", first["batch"])] * 10
 
 
-def test_a_policy_that_is_paid_for_the_right_answer_trips_nothing(make_trainer):
-    def right_first(rollouts):
-        return [
-            dataclasses.replace(s, value=s.scaled["correctness"], weights={"correctness": 1.0, "evenness": 0.0})
-            for s in every_token_even(rollouts)
-        ]
-
-    trainer = make_trainer(*HACK, reward_fn=right_first)
-    history = trainer.train()
-    assert history[-1]["reward/correctness"] > history[0]["reward/correctness"] + 0.2
+@pytest.mark.slow
+def test_the_same_policy_that_is_paid_for_the_right_answer_trips_nothing(make_trainer, habits, renderer):
+    healthy = "{name: correctness}, {name: format, weight: 0.1}, {name: brief, kind: length, scale: 0.01, weight: 0.1, applies: {verdict: correct}}"
+    trainer = train_on(make_trainer, habits, renderer, healthy)
+    rows = read_jsonl(trainer.metrics_file)
+    assert rows[-1]["reward/correctness"] > rows[0]["reward/correctness"] + 0.2
     assert not trainer.alarms_file.exists()
 
 
 def test_an_alarm_may_stop_the_run_before_its_batch_is_in_a_checkpoint(make_trainer):
-    options = ("watch={window: 3, action: stop, min_spread: 1, max_surface_share: 0}", *HACK[:-1])
+    options = (
+        "watch={window: 3, action: stop, min_spread: 1, max_surface_share: 0}",
+        "training.num_batches=12",
+        "rollout.prompts_per_batch=2",
+    )
     trainer = make_trainer(*options, "rewards=[{name: correctness}, {name: evenness, kind: length}]", "training.checkpoint_every=1", reward_fn=every_token_even)  # fmt: skip
     with pytest.raises(RuntimeError, match=r"stopped by watch.action: watch: .*step \d+.*set watch.action to warn"):
         trainer.train()
