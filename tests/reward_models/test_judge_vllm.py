@@ -121,7 +121,7 @@ def test_a_model_that_knows_nothing_gives_valid_verdicts_under_the_schema_with_6
     assert {j.status for j in judged} == {"decided"}
     assert all(0 <= j.value <= 1 and j.value == (j.verdicts[0] - 1) / 9 for j in judged)
     assert len({j.value for j in judged}) > 3
-    assert all(len(j.reason) <= 40 for j in judged)
+    assert all(len(j.reason) <= 60 for j in judged)  # 40, and what half characters become
     assert asked.num_retried == 0
 
 
