@@ -67,6 +67,7 @@ SCORE = rubric_ask(CASES[0], rubric="right", scale=(1, 10), explanation_chars=10
     [
         ('{"explanation": "fine", "score": 7}', 7),
         ('{"score": 10}', 10),
+        ('{"explanation": "one\ntwo\x01", "score": 7}', 7),
         ('  {"score": 1}\n', 1),
         ('```json\n{"score": 4}\n```', 4),
         ('```\n{"score": 4}\n```', 4),
