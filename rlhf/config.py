@@ -688,7 +688,8 @@ class JudgeModel(Endpoint):
     """Of a verdict. One that is cut by it is undecided."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
-    """How the server is told the form of a verdict. It is checked here in any case."""
+    """How the server is told the form of a verdict. It is checked here in any case. A server that refuses the schema's maxLength may take
+    json_object, or an explanation_chars of 0."""
     cache: str | None = None
     """SQLite file of the verdicts, which several processes may share; on a local disk."""
 

@@ -29,28 +29,30 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def judge_rows(config: Judging, run: Run) -> None:
-    rows = read_pairs(config) if config.pairs is not None else read_completions(config)
     cache = config.judge.cache or str(run.folder / "verdicts.sqlite")
-    judge = Judge(config.judge.model_copy(update={"cache": cache})).connect()
-    progress = progress_lines()
-    judged = (
-        judge.compare([cases for _, cases in rows], progress)
-        if config.pairs is not None
-        else judge.grade([cases[0] for _, cases in rows], progress)
-    )
-    write_judgements(run.folder / "judgements.jsonl", [id for id, _ in rows], judged)
-    figures = pair_figures(judged) if config.pairs is not None else score_figures(judged)
+    judge, progress = Judge(config.judge.model_copy(update={"cache": cache})), progress_lines()
+    if config.pairs is not None:
+        pairs = read_pairs(config)
+        ids = [id for id, _ in pairs]
+        judged = judge.connect().compare([pair for _, pair in pairs], progress)
+        figures = pair_figures(judged)
+    else:
+        completions = read_completions(config)
+        ids = [id for id, _ in completions]
+        judged = judge.connect().grade([case for _, case in completions], progress)
+        figures = score_figures(judged)
+    write_judgements(run.folder / "judgements.jsonl", ids, judged)
     say(format_table(shown(figures)))
     unanswered = figures["status"]["endpoint"]
     if unanswered:
         reason = next(j.reason for j in judged if j.status == "endpoint")
         raise ValueError(
-            f"{unanswered} of {len(rows)} rows got no answer from {config.judge.url} ({reason}); run the same command again, which asks for these alone"
+            f"{unanswered} of {len(ids)} rows got no answer from {config.judge.url} ({reason}); run the same command again, which asks for these alone"
         )
     run.finish(**figures, requests=judge.num_asked, retried=judge.num_retried)
 
 
-def read_pairs(config: Judging) -> list[tuple[str, tuple[Case, ...]]]:
+def read_pairs(config: Judging) -> list[tuple[str, tuple[Case, Case]]]:
     """(id, (preferred answer, other answer)); which of them is shown first is no matter, both orders are."""
     records, refused = read_source(PAIRS, path=config.pairs, revision=None, split="train")
     if refused:
@@ -71,8 +73,8 @@ def conversation(pair: PreferencePair) -> str:
     return "\n\n".join([f"System: {pair.system}", *said] if pair.system else said)
 
 
-def read_completions(config: Judging) -> list[tuple[str, tuple[Case, ...]]]:
-    """(id, (case,)) of each row.
+def read_completions(config: Judging) -> list[tuple[str, Case]]:
+    """(id, case) of each row.
 
     Raises:
         ValueError: when the file is not there or a row lacks a field; names the line.
@@ -81,7 +83,7 @@ def read_completions(config: Judging) -> list[tuple[str, tuple[Case, ...]]]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ValueError(f"completions is {path}, where there are no JSON lines; correct the path")
-    found: list[tuple[str, tuple[Case, ...]]] = []
+    found: list[tuple[str, Case]] = []
     for origin, row in (row for file in files for row in _rows(file)):
         try:
             if isinstance(row, Unreadable):
@@ -91,7 +93,7 @@ def read_completions(config: Judging) -> list[tuple[str, tuple[Case, ...]]]:
                 raise ValueError("field 'completion' is missing")
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from None
-        found.append((str(row.get("id", origin)), (case,)))
+        found.append((str(row.get("id", origin)), case))
         if len(found) == config.num_rows:
             break
     return found

