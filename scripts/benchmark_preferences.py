@@ -1,6 +1,6 @@
 """A small outcome reward model on published preference pairs, against a bag-of-words logistic regression on the same split.
 
-    python scripts/benchmark_preferences.py --data ../shared/data/preference [--steps 120] [--output FILE]
+    python scripts/benchmark_preferences.py --data ../shared/data/preference [--steps 50] [--output FILE]
 
 The model is built from numbers and trained from nothing on the training pairs alone, tokenizer included, so what it reaches is what
 so few pairs teach by themselves. Pairs with the same question are on the same side of the split.
@@ -184,7 +184,7 @@ def describe(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the files of FILES")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=320)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write the figures as JSON")

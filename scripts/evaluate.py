@@ -312,7 +312,10 @@ def grade_problems(problems: Sequence[GradedProblem], config: Evaluate) -> list[
 
 
 def score_samples(problems: Sequence[GradedProblem], selection: Selection, chat: Chat) -> list[GradedProblem]:
-    """The same samples with every reward model's scores, each model reading them through its own tokenizer and template."""
+    """The same samples with every reward model's scores, each model reading them through its own tokenizer and template.
+
+    Where the engine told log-probabilities, the policy's own confidence is one of the scores: a reward model should beat it.
+    """
     import torch
 
     from reward_models.outcome import OutcomeModel
@@ -335,7 +338,8 @@ def score_samples(problems: Sequence[GradedProblem], selection: Selection, chat:
             return [aggregate([step.value for step in steps], selection.aggregate) for steps in judge_steps(rollouts)]
 
         scorers["process model"] = (selection.process_model, of_steps)
-    scores: list[dict[str, tuple[float, ...]]] = [{} for _ in problems]
+    told = all(p.weights for p in problems)
+    scores: list[dict[str, tuple[float, ...]]] = [{"confidence": p.weights} if told else {} for p in problems]
     for name, (path, score) in scorers.items():
         renderer = ChatRenderer(load_tokenizer(path), chat.system_prompt)
         prompts = [renderer.prompt(p.id, p.question, p.reference) for p in problems]

@@ -312,9 +312,12 @@ def test_samples_are_chosen_by_vote_and_by_a_reward_model_and_chosen_anew_withou
     printed = capsys.readouterr().out
     assert "best by outcome model - majority, n = 2: " in printed
     result = json.loads((out / "results.json").read_text())["models"]["base"]
-    assert set(result["selection"]["accuracy"]) == {
-        "pass", "majority", "best by outcome model", "weighted by outcome model",
-    }  # fmt: skip
+    assert list(result["selection"]["accuracy"]) == [
+        "pass", "majority", "best by confidence", "best by outcome model", "weighted by confidence", "weighted by outcome model",
+    ]  # fmt: skip
+    assert result["selection"]["accuracy"]["weighted by confidence"]["2"] == {
+        k: v for k, v in result["weighted_majority"].items() if k != "k"
+    }
     assert (out / "selection.png").read_bytes().startswith(b"\x89PNG")
     samples = read_samples(out / "samples.base.jsonl")
     assert all(0 < score < 1 for p in samples for score in p.scores["outcome model"])
