@@ -23,6 +23,8 @@ from rlhf.run import die_with_parent, faults_as_sentences, git_revision, say, wr
 RECIPE = "recipes/tiny/grpo.yaml"
 FOLDER = Path("outputs/process_rewards")
 JSON = Path("docs/benchmarks/process_rewards.json")
+COMPLETIONS = 512
+"""Whose mean accuracy must reach the threshold, and not fall below it again."""
 VARIANTS = {"outcome": "", "sum": "algorithm.step_credit=sum", "min": "algorithm.step_credit=min"}
 """What a token is responsible for; `outcome` has no process rewards."""
 
@@ -49,9 +51,10 @@ def record(file: Path, label: str, seed: int, changes: list[str], folder: Path) 
     """Put a run's figures into the JSON file, in the place of an older run of that name."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     batches: list[dict[str, float]] = []
+    completions = completions_of(folder)
     for row in rows:
         before = batches[-1]["sampled_tokens"] if batches else 0
-        tokens = round(row["rollout/length"] * completions_of(folder))
+        tokens = round(row["rollout/length"] * completions)
         batches.append(
             {
                 "sampled_tokens": before + tokens,
@@ -61,7 +64,14 @@ def record(file: Path, label: str, seed: int, changes: list[str], folder: Path) 
         )
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"runs": []}
     others = [r for r in found["runs"] if (r["label"], r["seed"]) != (label, seed)]
-    row = {"label": label, "seed": seed, "changes": changes, "commit": git_revision(), "batches": batches}
+    row = {
+        "label": label,
+        "seed": seed,
+        "changes": changes,
+        "completions": completions,
+        "commit": git_revision(),
+        "batches": batches,
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"runs": sorted([*others, row], key=lambda r: (r["label"], r["seed"]))})
 
@@ -77,13 +87,14 @@ def completions_of(folder: Path) -> int:
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: tokens to the threshold, run by run and in the mean."""
     lines = [
-        f"| run | seed | batches to {THRESHOLD} | sampled tokens to {THRESHOLD} | accuracy of the last two batches |",
+        f"| run | seed | batches to {THRESHOLD} | sampled tokens to {THRESHOLD} | accuracy of the last {COMPLETIONS} completions |",
         "|---|---|---|---|---|",
     ]
     tokens: dict[str, list[float]] = {}
     for r in runs:
-        when = time_to(r["batches"])
-        last = statistics.fmean(b["correctness"] for b in r["batches"][-2:])
+        window = max(COMPLETIONS // r["completions"], 1)
+        when = time_to(r["batches"], window=window)
+        last = statistics.fmean(b["correctness"] for b in r["batches"][-window:])
         shown = f"{when['batch']} | {when['sampled_tokens']:,}" if when else "never | -"
         lines.append(f"| {r['label']} | {r['seed']} | {shown} | {last:.3f} |")
         tokens.setdefault(r["label"], []).append(when["sampled_tokens"] if when else float("inf"))

@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 
@@ -58,25 +58,11 @@ def test_a_rejected_response_is_wrong_from_its_error_step_on_and_right_before():
         assert first_difference - 1 == pair.error_step  # line 0 is <think>
 
 
-def test_some_rejected_responses_answer_at_once_and_wrong_and_each_pair_says_what_is_wrong_with_it():
-    import random
-
-    rng = random.Random(0)
-    pairs = [to_preference_pair(story, rng) for story in stories("train", 300)]
-    assert {p.source for p in pairs} == {"result", "operand", "operator", "omission", "guess"}
-    guesses = [p for p in pairs if p.source == "guess"]
-    assert 0.1 < len(guesses) / len(pairs) < 0.3
-    for pair in guesses:
-        assert pair.rejected.startswith("<think>\n</think>\n")
-        assert 1 <= int(pair.rejected.partition("{")[2][:-1]) <= LARGEST
-        assert pair.rejected.splitlines()[-1] != pair.chosen.splitlines()[-1]
-        assert pair.error_step == 0
-
-
 def test_every_other_scratchpad_is_right_and_the_labels_of_the_others_turn_false_and_stay_false():
     import random
 
-    drawn = [to_labelled_steps(story, random.Random(0)) for story in stories("train", 200)]
+    rng = random.Random(0)
+    drawn = [to_labelled_steps(story, rng) for story in stories("train", 200)]
     assert all(r.labels == sorted(r.labels, reverse=True) for r in drawn)
     assert 60 < sum(all(r.labels) for r in drawn) < 140
 
@@ -84,10 +70,13 @@ def test_every_other_scratchpad_is_right_and_the_labels_of_the_others_turn_false
 def test_a_story_is_read_back_from_its_question_and_judges_any_scratchpad():
     import random
 
+    rng = random.Random(0)
     for story in stories("train", 200):
         assert read_story(story.question) == story
-        record = to_labelled_steps(story, random.Random(story.start))
-        assert judge_steps(story, record.steps) == record.labels
+        record = to_labelled_steps(story, rng)
+        sums = [(event.operator, event.operand) for event in story.events]
+        if all(a != b for a, b in pairwise(sums)):  # of two equal events it cannot be told which was left out
+            assert judge_steps(story, record.steps) == record.labels
     with pytest.raises(ValueError, match="no sentence of the embedded task"):
         read_story("On Monday Mia has 7 coins. She eats 2. How many coins does she have?")
 

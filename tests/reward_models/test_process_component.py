@@ -26,7 +26,9 @@ def process_folder(tmp_path_factory, model_folder, tokenizer):
     torch.nn.init.normal_(model.score.weight, std=1.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    description = Description(head="classification", separator="\n", right_token=None, wrong_token=None, threshold=0.5)
+    description = Description(
+        head="classification", separator="\n", opening="<think>\n", right_token=None, wrong_token=None, threshold=0.5
+    )
     (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description)))
     return str(folder)
 
