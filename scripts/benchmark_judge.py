@@ -21,7 +21,9 @@ def cases(count: int, label: str) -> list[Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", required=True)
-    parser.add_argument("--rows", type=int, default=192, help="verdicts per measurement")
+    parser.add_argument(
+        "--rows", type=int, default=192, help="verdicts per measurement, 16 times those in flight at most"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--explanation-chars", type=int, default=40)
@@ -45,7 +47,7 @@ def main() -> int:
     client: dict[int, list[float]] = {n: [] for n in arguments.in_flight}
     for number in range(arguments.rounds):
         for n in arguments.in_flight:
-            asked, rows = judge(n), cases(arguments.rows, f"{number} {n} {time.time()}")
+            asked, rows = judge(n), cases(min(arguments.rows, 16 * n), f"{number} {n} {time.time()}")
             started, own = time.perf_counter(), time.process_time()
             judged = asked.grade(rows)
             seconds = time.perf_counter() - started
