@@ -225,8 +225,8 @@ class PrepareData(Section):
 # ------------------------------------------------------------------------------------------------------------------ curate_data
 
 
-class DataSource(Section):
-    """A source of data/catalog.py; all sources of a recipe yield the same kind of record."""
+class Source(Section):
+    """A source of data/catalog.py."""
 
     name: str
     path: str | None = None
@@ -235,6 +235,11 @@ class DataSource(Section):
     """Commit on the hub, where it is not the catalog's."""
     split: str | None = None
     """The source's own split; its training data where it has any, by default."""
+
+
+class DataSource(Source):
+    """One of several; all sources of a recipe yield the same kind of record."""
+
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the mix, relative to the other sources."""
 
@@ -470,8 +475,11 @@ class ProcessRewardModel(Section):
     """Solutions with errors and without; a part of them gives the threshold, the others F1."""
     separator: Annotated[str, Field(min_length=1)] = "\n"
     """What ends a step, in the records that are trained on and in the completions that are scored (see reward_models/steps.py)."""
-    head: Literal["classification", "next_token"] = "classification"
-    """A new row on the hidden states, or the language model's odds that right_token and not wrong_token comes next."""
+    opening: str = ""
+    """What the policy writes before its first step, such as an open think tag; put there for records that do without."""
+    head: Literal["classification", "next_token", "likelihood"] = "classification"
+    """A new row on the hidden states, the language model's odds that right_token and not wrong_token comes next, or the probability that the
+    language model would write the step itself, for tasks in which a right step can be said in one way."""
     right_token: str | None = None
     wrong_token: str | None = None
     labels: Literal["hard", "soft"] = "hard"
@@ -493,6 +501,32 @@ class ProcessRewardModel(Section):
                 raise ValueError(
                     f"head is {self.head} and {key} {problem}; give both tokens, such as + and -, to the head next_token only"
                 )
+        return self
+
+
+class EvaluateProcess(Section):
+    """How well a process model finds the first wrong step of labelled solutions, counted as ProcessBench does."""
+
+    stage: Literal["evaluate_process"]
+    output_dir: str
+    seed: int = 0
+    model: str
+    """Folder of a process reward model."""
+    chat: Chat = Chat()
+    solutions: Annotated[dict[str, Source], Field(min_length=1)]
+    """Label to a source of labelled steps, such as processbench."""
+    threshold_on: str | None = None
+    """Label of the solutions a quarter of which gives the threshold, for all; the rest of them is scored. By default the model's own counts."""
+    tokens_per_batch: PositiveInt = 16_384
+    """Of a forward pass, padding included."""
+    script: ClassVar[str] = "scripts/evaluate_process.py"
+
+    @model_validator(mode="after")
+    def _threshold_is_on_a_label(self) -> EvaluateProcess:
+        if self.threshold_on is not None and self.threshold_on not in self.solutions:
+            raise ValueError(
+                f"threshold_on is {self.threshold_on!r}; {nearest(self.threshold_on, list(self.solutions))}"
+            )
         return self
 
 
@@ -1078,7 +1112,17 @@ class Pipeline(Section):
 
 
 Config = (
-    PrepareData | CurateData | BuildModel | SFT | RewardModel | ProcessRewardModel | GRPO | PPO | Evaluate | Pipeline
+    PrepareData
+    | CurateData
+    | BuildModel
+    | SFT
+    | RewardModel
+    | ProcessRewardModel
+    | EvaluateProcess
+    | GRPO
+    | PPO
+    | Evaluate
+    | Pipeline
 )
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
 
