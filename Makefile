@@ -9,13 +9,16 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick lint fuzz mutation install clean-demo
+.PHONY: demo test test-long quick lint fuzz mutation install clean-demo
 
 demo: install  ## Teach a small model to reason, start to finish, in about ten minutes
 	$(BIN)/python scripts/run_pipeline.py --config recipes/tiny/pipeline.yaml
 
-test: install lint  ## Everything CI runs
-	$(BIN)/python tests/lanes.py
+test: install lint  ## All tests but those that CI alone has the time for
+	$(BIN)/python tests/lanes.py -m "not long"
+
+test-long: install  ## Those: whole pipelines, comparisons with TRL, DeepSpeed's offload
+	$(BIN)/python tests/lanes.py -m long
 
 quick: install  ## The tests that take seconds
 	$(BIN)/pytest -m "not slow"

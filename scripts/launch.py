@@ -1,6 +1,6 @@
 """Train on several hosts: over ssh, or as a SLURM job. Starts again from the newest checkpoint when a rank or a host dies.
 
-python scripts/launch.py recipes/gsm8k/grpo.yaml --hosts node1,node2 --accelerate recipes/accelerate/multi_node.yaml [key.sub=value ...]
+python scripts/launch.py recipes/gsm8k/grpo.yaml --hosts node1,node2 [key.sub=value ...]
 
 `--dry-run` shows the whole plan and reaches nobody (docs/guides/multi_node.md). Exit code 0 when the stage finished, 1 when it failed for
 good, 2 with a sentence when an argument, a recipe or a host is not fit.
@@ -38,7 +38,10 @@ def parser() -> argparse.ArgumentParser:
     )
     main.add_argument("--serving-port", type=int, default=8400, help="on every serving host: %(default)s")
     main.add_argument(
-        "--accelerate", metavar="FILE", required=True, help="accelerate configuration of all nodes together"
+        "--accelerate",
+        metavar="FILE",
+        default="recipes/accelerate/multi_node.yaml",
+        help="accelerate configuration of all nodes together (default: %(default)s)",
     )
     main.add_argument("--ssh", default=SSH, metavar="TEMPLATE", help="what reaches a host: %(default)s")
     main.add_argument(
@@ -91,6 +94,8 @@ def plan_launch(arguments: argparse.Namespace) -> Launch:
     texts = arguments.hosts.split(",") if arguments.hosts else []
     if arguments.slurm:
         texts = [f"NODE{i}" for i in range(arguments.nodes or 0)]  # names that SLURM will give
+    if arguments.dry_run and not texts:
+        texts = [f"node{i}" for i in range(arguments.nodes or 0)]  # a plan needs no names
     if not texts:
         missing = (
             "--nodes is missing; say how many"

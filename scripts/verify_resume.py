@@ -83,11 +83,14 @@ class Runs:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """What came out of the run that nobody disturbed, and its seconds after the first checkpoint or row of metrics."""
+    """What came out of the run that nobody disturbed."""
 
     weights: dict[str, torch.Tensor]
     rows: list[dict[str, float]]
-    duration: float
+    steps: int
+    """How far it came, as `progress` counts."""
+    seconds: float
+    """Of a step."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,15 @@ class Trial:
     """Rows of metrics that differ."""
 
 
-def has_begun(run: Path) -> bool:
-    return (run / "metrics.jsonl").exists() or bool(checkpoints(run / "checkpoints"))
+def progress(run: Path) -> int:
+    """Optimizer steps by the newest checkpoint, or rows of metrics where there are no checkpoints; 0 before the first.
+
+    Moments are counted in these and not in seconds, which other work on the same cores stretches.
+    """
+    found = checkpoints(run / "checkpoints")
+    if found:
+        return int(found[-1].name.rpartition("-")[2])
+    return len(read_jsonl(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
 
 
 def wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool], seconds: float = float("inf")) -> bool:
@@ -183,14 +193,16 @@ def strike(
     return ended
 
 
-def kill_at(runs: Runs, name: str, victim: str, draw: random.Random, *, after: float, in_a_write: bool) -> str | None:
-    """Start a run and kill it `after` seconds of training, or in the first write of a checkpoint from then on; where it had come to.
+def kill_at(
+    runs: Runs, name: str, victim: str, draw: random.Random, *, steps: int, seconds: float, in_a_write: bool
+) -> str | None:
+    """Start a run and kill it `seconds` after so many steps, or in the first write of a checkpoint from then on; where it had come to.
 
     None when it ended before.
     """
     process, run = runs.start(name), runs.folder / name
-    wait_until(process, lambda: has_begun(run))
-    wait_until(process, lambda: False, after)
+    wait_until(process, lambda: progress(run) >= steps)
+    wait_until(process, lambda: False, seconds)
     everything, victims = find_victims(process, "job"), find_victims(process, victim)  # slow, so before the moment
     if victim != "job" and victims:
         victims = [draw.choice(victims)]
@@ -212,17 +224,16 @@ def at_work(process: subprocess.Popen[bytes], victim: str) -> list[psutil.Proces
     return []
 
 
-def kill_parts(runs: Runs, name: str, victim: str, draw: random.Random, *, kills: int, duration: float) -> list[str]:
+def kill_parts(runs: Runs, name: str, victim: str, draw: random.Random, *, kills: int, steps: int) -> list[str]:
     """Kill one part of a run after another, which is to go on by itself to its end; where it had come to at each.
 
     Raises:
         ChildProcessError: when it does not.
     """
     process, run = runs.start(name), runs.folder / name
-    wait_until(process, lambda: has_begun(run))
     struck: list[str] = []
-    while len(struck) < kills and process.poll() is None:
-        wait_until(process, lambda: False, draw.uniform(0, 0.8 * duration / kills))
+    for moment in sorted(draw.randint(1, max(1, int(0.8 * steps))) for _ in range(kills)):
+        wait_until(process, lambda moment=moment: progress(run) >= moment)
         looked_for = at_work if len(struck) % 2 else find_victims
         wait_until(process, lambda find=looked_for: bool(find(process, victim)), seconds=5)
         found = looked_for(process, victim)
@@ -326,17 +337,18 @@ def verify(arguments: argparse.Namespace) -> int:
     folder = arguments.folder.resolve()
     runs = Runs(arguments.recipe, overrides, config, folder, arguments.accelerate_config, arguments.num_processes)
     process, alone = runs.start("alone"), folder / "alone"
-    wait_until(process, lambda: has_begun(alone))
-    begun = time.monotonic()
-    if process.wait() != 0:
+    wait_until(process, lambda: progress(alone) > 0)
+    begun, first, steps = time.monotonic(), progress(alone), 0
+    while process.poll() is None:
+        steps = max(steps, progress(alone))
+        time.sleep(0.01)
+    if process.returncode != 0:
         raise runs.failure("alone")
-    duration = time.monotonic() - begun
+    seconds = (time.monotonic() - begun) / max(1, steps - first)
     weights, rows = weights_of(alone), rows_of(alone)
     numbers = sum(tensor.numel() for tensor in weights.values())
-    print(
-        f"left alone: {len(rows)} rows of metrics, {numbers:,} weights, {duration:.1f} s after its first checkpoint or row"
-    )
-    left_alone = LeftAlone(weights, rows, duration)
+    print(f"left alone: {len(rows)} rows of metrics, {numbers:,} weights, {steps} steps of {seconds:.1f} s")
+    left_alone = LeftAlone(weights, rows, steps, seconds)
     draw, failures = random.Random(arguments.seed), 0
     for victim in arguments.victim or ["job"]:
         if victim in DISPENSABLE:
@@ -363,7 +375,7 @@ def resumes(runs: Runs, victim: str, left_alone: LeftAlone, draw: random.Random,
 def survives(runs: Runs, victim: str, left_alone: LeftAlone, draw: random.Random, *, kills: int) -> bool:
     """Kills of parts that a run does without; whether all that were asked for came and left no trace."""
     name = f"without-{victim}"
-    struck = kill_parts(runs, name, victim, draw, kills=kills, duration=left_alone.duration)
+    struck = kill_parts(runs, name, victim, draw, kills=kills, steps=left_alone.steps)
     print(f"| {victim} | killed |\n|---|---|")
     print("\n".join(f"| {number} | {moment} |" for number, moment in enumerate(struck, 1)))
     weights = differing_weights(left_alone.weights, weights_of(runs.folder / name))
@@ -379,8 +391,8 @@ def one_trial(
 ) -> Trial:
     for attempt in range(ATTEMPTS):
         name = f"{victim}-{number}" + f"-{attempt}" * bool(attempt)
-        after = draw.uniform(0, 0.9 * left_alone.duration)
-        killed = kill_at(runs, name, victim, draw, after=after, in_a_write=number % 2 == 0)
+        steps, after = draw.randint(1, max(1, int(0.8 * left_alone.steps))), draw.uniform(0, left_alone.seconds)
+        killed = kill_at(runs, name, victim, draw, steps=steps, seconds=after, in_a_write=number % 2 == 0)
         if killed is not None:
             break
     else:

@@ -1,4 +1,4 @@
-"""All tests, in two processes at once with a thread each: most of a test's time is spent starting Python, which uses one core.
+"""Tests, in two processes at once with a thread each: most of a test's time is spent starting Python, which uses one core.
 
 The first lane's output comes as it is made, the second's at the end.
 """
@@ -16,6 +16,7 @@ SECOND = (
     "tests/test_evaluate.py",
     "tests/data",
     "tests/rlhf/test_openai_server.py",
+    "tests/rlhf/test_vllm_server.py",
 )
 """About half of the time, and nothing that runs on two ranks."""
 

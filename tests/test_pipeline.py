@@ -98,6 +98,7 @@ def test_the_demo_in_small_goes_through_every_stage_and_twice_to_the_same_weight
         assert weights[0] == weights[1], f"the same seed gave another {stage}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_mixture_of_experts_goes_through_every_stage(tmp_path):
     overrides = {
@@ -125,6 +126,7 @@ def test_a_mixture_of_experts_goes_through_every_stage(tmp_path):
     assert (built["model_type"], built["num_local_experts"], built["num_experts_per_tok"]) == ("qwen3_moe", 8, 2)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="needs ../shared/data/gsm8k")
 def test_real_gsm8k_text_goes_through_every_stage(tmp_path):

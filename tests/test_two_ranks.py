@@ -113,6 +113,7 @@ def grpo(accelerate_config, model_folder, records, output_dir, *overrides):
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_zero_3_on_two_ranks_with_vllm_on_each_trains_and_stays_fresh(model_folder, judge_folder, records, tmp_path):
     rewards = (
@@ -263,7 +264,7 @@ def steps_of_one_rank(models, tmp_path_factory):
         ("zero1", {"moe"}),
         ("zero2", {"base", "four_bits"}),
         ("pieces", {"base", "moe", "mixtral", "judge"}),
-        ("zero3_offload", {"moe"}),
+        pytest.param("zero3_offload", {"moe"}, marks=pytest.mark.long),  # builds DeepSpeed's optimizer for CPUs first
     ],
 )
 def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_rank, tmp_path, accelerate_config, chosen):

@@ -75,7 +75,7 @@ class Ranks:
 
 
 def read_ranks(path: str, *, nodes: int) -> Ranks:
-    """An accelerate configuration, checked for a launch on `nodes` hosts.
+    """An accelerate configuration, checked for a launch on `nodes` hosts, each with as many ranks as the file gives one machine.
 
     Raises:
         ValueError: with the line to write into it.
@@ -86,15 +86,11 @@ def read_ranks(path: str, *, nodes: int) -> Ranks:
     if not isinstance(settings, dict) or "num_processes" not in settings:
         raise ValueError(f"{path} is no accelerate configuration: it has no num_processes")
     machines, processes = int(settings.get("num_machines", 1)), int(settings["num_processes"])
-    if machines != nodes:
-        raise ValueError(
-            f"{path} has num_machines: {machines} and {nodes} hosts are to be launched; write num_machines: {nodes} and "
-            f"num_processes: {nodes * max(1, processes // machines)} into a copy of it, or give it {machines} hosts"
-        )
     if processes % machines:
         raise ValueError(
             f"{path} has num_processes: {processes}, which {machines} machines cannot share evenly; num_processes counts the ranks of all machines"
         )
+    machines, processes = nodes, nodes * (processes // machines)
     kind = str(settings.get("distributed_type", "NO"))
     if processes > 1 and kind not in ("MULTI_GPU", "DEEPSPEED"):
         raise ValueError(

@@ -20,6 +20,8 @@ from rlhf.config import Online
 ROOT = Path(__file__).parents[2]
 HOPELESS = 4
 """Starts in a row that end by themselves before the server has answered once."""
+SILENT_SECONDS = 60.0
+"""Without an answer, after which a server that had answered is ended: one whose engine died may wait for ever for its clients to leave."""
 
 
 def serve_command(config: Online, *, host: str, port: int) -> list[str]:
@@ -120,8 +122,15 @@ def require_free_port(host: str, port: int) -> None:
             ) from None
 
 
-def keep_up(command: list[str], environment: dict[str, str], *, url: str, parent: int | None) -> int:
-    """Run a server and start it again when it dies; returns when the process `parent` is gone, or the server cannot be started.
+def keep_up(
+    command: list[str],
+    environment: dict[str, str],
+    *,
+    url: str,
+    parent: int | None,
+    silent_seconds: float = SILENT_SECONDS,
+) -> int:
+    """Run a server and start it again when it dies or falls silent; returns when the process `parent` is gone, or it cannot be started.
 
     Its descendants become this process's when it dies, and are ended before the next start: an engine left over would hold the memory.
     """
@@ -131,16 +140,17 @@ def keep_up(command: list[str], environment: dict[str, str], *, url: str, parent
     try:
         while failed_starts < HOPELESS:
             process = subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)  # one thread: safe
-            came_up = False
-            while process.poll() is None:
+            answered = None  # when, last
+            while process.poll() is None and (answered is None or time.monotonic() < answered + silent_seconds):
                 if parent is not None and os.getppid() != parent:
                     return 0
-                came_up = came_up or _answers(url)
-                time.sleep(0.2)
+                answered = time.monotonic() if _answers(url) else answered
+                time.sleep(0.2 if answered is None else 1.0)
+            how = "fell silent" if process.returncode is None else f"ended with code {process.returncode}"
+            killed = (process.returncode or 0) < 0  # by someone else, not by what it found
             end_descendants()
-            print(f"the server ended with code {process.returncode}; it is started again", flush=True)
-            killed = process.returncode < 0  # by someone else, not by what it found
-            failed_starts = failed_starts if killed else 0 if came_up else failed_starts + 1
+            print(f"the server {how}; it is started again", flush=True)
+            failed_starts = failed_starts if killed else 0 if answered is not None else failed_starts + 1
         print(f"the server ended {HOPELESS} times before it had answered once; the reason is above", flush=True)
         return 1
     finally:
@@ -149,7 +159,7 @@ def keep_up(command: list[str], environment: dict[str, str], *, url: str, parent
 
 def _answers(url: str) -> bool:
     try:
-        return httpx2.get(f"{url}/health", timeout=1, trust_env=False).status_code == 200
+        return httpx2.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
     except httpx2.HTTPError:
         return False
 

@@ -115,12 +115,13 @@ def accelerate_file(tmp_path, **changes):
 def test_the_accelerate_file_says_how_many_ranks_a_host_has(tmp_path):
     ranks = read_ranks(accelerate_file(tmp_path), nodes=2)
     assert (ranks.num_processes, ranks.per_host, ranks.port) == (16, 8, 29500)
+    ranks = read_ranks(accelerate_file(tmp_path), nodes=4)
+    assert (ranks.num_processes, ranks.num_machines, ranks.per_host) == (32, 4, 8)
 
 
 @pytest.mark.parametrize(
     ("changes", "nodes", "message"),
     [
-        ({}, 4, "has num_machines: 2 and 4 hosts are to be launched; write num_machines: 4 and num_processes: 32"),
         ({"num_processes": 15}, 2, "num_processes: 15, which 2 machines cannot share evenly"),
         ({"distributed_type": "MULTI_CPU"}, 2, "one process a host that knows of no other"),
         ({"deepspeed_multinode_launcher": "pdsh"}, 2, "deepspeed_multinode_launcher: pdsh"),

@@ -95,6 +95,33 @@ def test_what_a_dead_server_leaves_behind_is_ended_before_it_is_started_again():
     assert not [pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
+SILENT = """
+import http.server, sys, time
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health)
+server.timeout = 10
+server.handle_request()
+server.server_close()
+time.sleep(600)
+"""
+"""Answers once, then neither answers nor ends, as vLLM's server does whose engine was killed while a client stays connected."""
+
+
+def test_a_server_that_answered_and_fell_silent_is_ended_and_started_again(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    keeper = KEEPER.replace("parent=None", "parent=None, silent_seconds=1.5")
+    command = [sys.executable, "-c", keeper, f"http://127.0.0.1:{port}", sys.executable, "-c", SILENT, str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as kept:
+        assert kept.stdout is not None
+        lines = [kept.stdout.readline() for _ in range(2)]
+        kept.terminate()
+    assert lines == ["the server fell silent; it is started again\n"] * 2
+
+
 def test_a_server_ends_with_the_process_that_wanted_it_even_when_that_is_killed(tmp_path):
     keeper = "import os; from rlhf.rollout.serving import keep_up; keep_up(['sleep', '600'], None, url='http://127.0.0.1:1', parent={})"
     wanting = "import subprocess, sys, os, time; subprocess.Popen([sys.executable, '-c', sys.argv[1].format(os.getpid())]); time.sleep(600)"

@@ -120,6 +120,7 @@ def test_a_peak_that_is_gone_by_the_end_is_measured():
 TINY = Options(case="gsm8k", against="trl", repeats=1, scale=0.05, settings=("off:8",))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_on_a_tiny_scale_both_sides_do_the_same_work():
     figures, failures = run(
@@ -131,6 +132,7 @@ def test_on_a_tiny_scale_both_sides_do_the_same_work():
     assert figures["tokens"]["padded"] > figures["tokens"]["trained"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_ratio_when_one_side_got_another_reward_for_one_completion(tmp_path):
     groups = make_groups(CASES["gsm8k"], zero_share=0.5, scale=0.05)
@@ -157,6 +159,7 @@ def test_seconds_are_divided_by_the_tokens_they_went_to():
     assert per_token([{"cpu": 3.0, "tokens": 500}, {"cpu": 1.0, "tokens": 1500}], "cpu") == 2.0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_whole_steps_of_both_sides_sample_completions_of_the_same_lengths():
     figures = compare_steps(StepSpec(side="ours", folder="", engine="transformers", scale=0.1, steps=2), against="trl")
