@@ -1,4 +1,12 @@
-"""The outcome reward model: Bradley-Terry on preference pairs, trained with TRL, scored by us."""
+"""The outcome reward model: Bradley-Terry on preference pairs, trained with TRL, scored by us.
+
+    head `classification`   r = w · h            a new row on top of the last token's hidden state
+    head `likelihood`       r = log π(y | x)     what the language model itself would say of the response
+
+The second one has no parameters of its own. Trained on pairs it becomes a language model that finds the better response likelier, the
+implicit reward of preference optimisation (https://arxiv.org/abs/2305.18290, here without a reference, as in https://arxiv.org/abs/2405.14734).
+A prompt's part cancels between the responses to it. It is for responses that can be said in one way; elsewhere it prefers what is short.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +14,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from reward_models.pair_report import ScoredPair, draw_report, report
 from rlhf.config import RewardModel
@@ -21,6 +30,7 @@ from rlhf.run import write_json
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 from rlhf.types import Rollout
 
+Head = Literal["classification", "likelihood"]
 STATISTICS, PICTURE = "reward_statistics.json", "reward_model.png"
 
 
@@ -41,11 +51,31 @@ def pairwise_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> float:
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected).double()).mean().item()
 
 
+def log_likelihoods(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, starts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[B] log-probability of each sequence's tokens from `starts` on, of all but the first without it.
+
+    Args:
+        model: for causal language modelling.
+        input_ids: [B, T], padded on the right.
+        attention_mask: [B, T] 1 on real tokens.
+        starts: [B] index of the first token that counts, at least 1.
+    """
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1].float()
+    logprobs = logits.gather(-1, input_ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+    counted = attention_mask[:, 1:].bool()
+    if starts is not None:
+        counted = counted & (torch.arange(1, input_ids.shape[1], device=input_ids.device) >= starts[:, None])
+    return logprobs.masked_fill(~counted, 0.0).sum(1)
+
+
 class OutcomeModel:
     """A trained reward model with the statistics that standardise its scores."""
 
-    def __init__(self, model: Any, pad_token_id: int, mean: float, std: float) -> None:
+    def __init__(self, model: Any, pad_token_id: int, mean: float, std: float, head: Head = "classification") -> None:
         self._model: Any = model
+        self._head: Head = head
         self._pad_token_id, self.mean, self.std = pad_token_id, mean, std
         self._sharded_over: Accelerator | None = None
 
@@ -64,8 +94,11 @@ class OutcomeModel:
         statistics = Path(path) / STATISTICS
         if not statistics.is_file():
             raise ValueError(f"{path} has no {STATISTICS}; train the model with scripts/train_reward_model.py")
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        stored = json.loads(statistics.read_text(encoding="utf-8"))
+        head: Head = stored.get("head", "classification")
+        model_class, options = _model_class(head)
+        model, info = model_class.from_pretrained(
+            path, **options, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         bad = (
             sorted(info["missing_keys"])
@@ -76,16 +109,18 @@ class OutcomeModel:
             raise ValueError(
                 f"{path} does not hold a whole reward model: {', '.join(bad[:5])} missing or unexpected; a head initialised at random would reward noise"
             )
-        stored = json.loads(statistics.read_text(encoding="utf-8"))
         if not stored["std"] > 0:
             raise ValueError(
                 f"{path} scored all held-out responses alike (std {stored['std']}), so its scores cannot be standardised; train it longer or on other pairs"
             )
-        return cls(model.to(device).eval(), model.config.pad_token_id, stored["mean"], stored["std"])
+        return cls(model.to(device).eval(), model.config.pad_token_id, stored["mean"], stored["std"], head)
 
     @torch.no_grad()
-    def raw_scores(self, sequences: Sequence[Sequence[int]], *, batch_size: int) -> torch.Tensor:
-        """[N] unstandardised scores; sequences of similar length share a batch."""
+    def raw_scores(
+        self, sequences: Sequence[Sequence[int]], *, batch_size: int, starts: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """[N] unstandardised scores; sequences of similar length share a batch. `starts` [N] is where their responses begin."""
+        starts = starts or [1] * len(sequences)
         scores = torch.empty(len(sequences))
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -93,29 +128,38 @@ class OutcomeModel:
         if self._sharded_over is not None:  # the other ranks cannot gather a layer without this one
             idle = global_max(self._sharded_over, len(chunks)) - len(chunks)
         for rows in chunks:
-            scores[rows] = self._forward([sequences[i] for i in rows])
+            scores[rows] = self._forward([sequences[i] for i in rows], [starts[i] for i in rows])
         for _ in range(idle):
-            self._forward([[self._pad_token_id]])
+            self._forward([[self._pad_token_id]], [1])
         return scores
 
-    def _forward(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    def score_rollouts(self, rollouts: Sequence[Rollout], *, batch_size: int) -> torch.Tensor:
+        """[N] unstandardised scores."""
+        return self.raw_scores(
+            [(*r.prompt.token_ids, *r.token_ids) for r in rollouts],
+            batch_size=batch_size,
+            starts=[len(r.prompt.token_ids) for r in rollouts],
+        )
+
+    def _forward(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
         """[N] scores of one batch, padded on the right."""
         input_ids = torch.full((len(sequences), max(map(len, sequences))), self._pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for b, sequence in enumerate(sequences):
             input_ids[b, : len(sequence)] = torch.tensor(list(sequence))
             attention_mask[b, : len(sequence)] = 1
-        device = self._model.device
-        logits = self._model(
-            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
-        ).logits
+        input_ids, attention_mask = input_ids.to(self._model.device), attention_mask.to(self._model.device)
+        if self._head == "likelihood":
+            first = torch.tensor(list(starts), device=input_ids.device)
+            return log_likelihoods(self._model, input_ids, attention_mask, first).cpu()
+        logits = self._model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits[:, 0].float().cpu()
 
     def chances(self, *, batch_size: int) -> Callable[[Sequence[Rollout]], list[float]]:
         """Rollouts to the chance, by Bradley and Terry, that each is preferred to a response of average held-out score: sigmoid(r - mean)."""
 
         def score(rollouts: Sequence[Rollout]) -> list[float]:
-            raw = self.raw_scores([(*r.prompt.token_ids, *r.token_ids) for r in rollouts], batch_size=batch_size)
+            raw = self.score_rollouts(rollouts, batch_size=batch_size)
             return torch.sigmoid(raw.double() - self.mean).tolist()  # in float32 everything above 17 would be a tie
 
         return score
@@ -124,7 +168,7 @@ class OutcomeModel:
         """Rollouts to standardised scores in [-clip, clip]."""
 
         def score(rollouts: Sequence[Rollout]) -> list[float]:
-            raw = self.raw_scores([(*r.prompt.token_ids, *r.token_ids) for r in rollouts], batch_size=batch_size)
+            raw = self.score_rollouts(rollouts, batch_size=batch_size)
             return ((raw - self.mean) / self.std).clamp(-clip, clip).tolist()
 
         return score
@@ -162,6 +206,13 @@ def score_pairs(pairs: Sequence[TokenPair], chosen: torch.Tensor, rejected: torc
     ]
 
 
+def _model_class(head: Head) -> tuple[Any, dict[str, Any]]:
+    """What loads a model with this head, and how."""
+    return (
+        (AutoModelForCausalLM, {}) if head == "likelihood" else (AutoModelForSequenceClassification, {"num_labels": 1})
+    )
+
+
 def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: list[TokenPair]) -> dict[str, Any]:
     """Train with TRL's RewardTrainer and save model, tokenizer, statistics and their picture in `output_dir`; returns held-out figures."""
     from datasets import Dataset
@@ -171,32 +222,53 @@ def train(config: RewardModel, *, train_pairs: list[TokenPair], heldout_pairs: l
         config.model.path, revision=config.model.revision, trust_remote_code=False
     )
     set_seed(config.seed)  # the new head is drawn while loading
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model_class, options = _model_class(config.head)
+    model = model_class.from_pretrained(
         config.model.path,
+        **options,
         revision=config.model.revision,
-        num_labels=1,
         dtype=getattr(torch, config.model.dtype),
         use_safetensors=True,
         trust_remote_code=False,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    adapt(model, config.model, trained_in_full=[HEAD])
-    trainer = RewardTrainer(
+    speaks = config.head == "likelihood"
+    model.config.num_labels = 1  # TRL asks for it whatever the head is
+    adapt(model, config.model, trained_in_full=[] if speaks else [HEAD])
+
+    class LikelihoodTrainer(RewardTrainer):
+        """The same loss of other scores. A prompt's part of them is the same in both responses and cancels."""
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            def score(input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
+                scores: Any = log_likelihoods(model, input_ids, attention_mask)[:, None]
+                return SequenceClassifierOutput(logits=scores)
+
+            stands_in: Any = score
+            return super().compute_loss(stands_in, inputs, *args, **kwargs)
+
+    trainer = (LikelihoodTrainer if speaks else RewardTrainer)(
         model=model,
-        args=RewardConfig(**trainer_arguments(config), max_length=None, center_rewards_coefficient=config.centering),
+        args=RewardConfig(
+            **trainer_arguments(config),
+            max_length=None,
+            center_rewards_coefficient=None if speaks else config.centering,
+        ),
         train_dataset=Dataset.from_list(training_rows(train_pairs, margin_scale=config.margin_scale)),
         processing_class=tokenizer,
         callbacks=[LogLines(Path(config.output_dir) / "metrics.jsonl")],
     )
     run_trainer(trainer, config)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    judge = OutcomeModel(trained.eval(), tokenizer.pad_token_id, 0.0, 1.0)
-    chosen = judge.raw_scores([p.chosen_ids for p in heldout_pairs], batch_size=64)
-    rejected = judge.raw_scores([p.rejected_ids for p in heldout_pairs], batch_size=64)
+    judge = OutcomeModel(trained.eval(), tokenizer.pad_token_id, 0.0, 1.0, config.head)
+    starts = [p.prompt_length for p in heldout_pairs]
+    chosen = judge.raw_scores([p.chosen_ids for p in heldout_pairs], batch_size=64, starts=starts)
+    rejected = judge.raw_scores([p.rejected_ids for p in heldout_pairs], batch_size=64, starts=starts)
     both = torch.cat([chosen, rejected])
     scored = score_pairs(heldout_pairs, chosen, rejected)
     found = report(scored, seed=config.seed)
     statistics = {
+        "head": config.head,
         "accuracy": pairwise_accuracy(chosen, rejected),
         "mean": both.mean().item(),
         "std": both.std().item(),

@@ -33,6 +33,10 @@ class ServedOutcomeModel:
                 f"{self._key}.path is {reward.path}, which has no {STATISTICS}; copy it there from the folder of the model that {reward.url} serves"
             )
         stored = json.loads(statistics.read_text(encoding="utf-8"))
+        if stored.get("head", "classification") != "classification":
+            raise ValueError(
+                f"{self._key}.path {reward.path} has the head {stored['head']}, which vLLM does not serve; leave out {self._key}.url to score here"
+            )
         self.mean, self.std = float(stored["mean"]), float(stored["std"])
         self._endpoint = Endpoint(reward, self._key)
 

@@ -455,8 +455,10 @@ class RewardModel(Section):
     train_pairs: str
     heldout_pairs: str
     max_tokens: PositiveInt
+    head: Literal["classification", "likelihood"] = "classification"
+    """A new row on the hidden state, or the language model's own log-probability of the response (see reward_models/outcome.py)."""
     centering: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the penalty on (sum of the two rewards)^2, which keeps the scores near zero."""
+    """Weight of the penalty on (sum of the two rewards)^2, which keeps the scores near zero; of the head `classification`."""
     margin_scale: Annotated[float, Field(ge=0)] = 0.0
     """What the margin of a pair, where its source has one, is multiplied with before the chosen response must be ahead by it
     (https://arxiv.org/abs/2307.09288, eq. 2). 0 leaves margins out."""

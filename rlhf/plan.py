@@ -375,7 +375,7 @@ def _reference_parts(
 
 def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, sharding: Sharding) -> list[Part]:
     is_sft = isinstance(config, SFT)
-    speaks = is_sft or (isinstance(config, ProcessRewardModel) and config.head != "classification")
+    speaks = is_sft or (isinstance(config, ProcessRewardModel | RewardModel) and config.head != "classification")
     model = trained_of(config.model, shape, sharding, has_head=speaks)
     rows = config.training.micro_batch_size * (2 if isinstance(config, RewardModel) else 1)
     tokens = rows * config.max_tokens
@@ -383,7 +383,7 @@ def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, shardin
     def head(scored: float) -> footprint.Head:
         fused = not machine.device.is_cpu
         # Where Triton is, positions that are not trained on are left out; how many is not known here.
-        if isinstance(config, ProcessRewardModel) and speaks:
+        if isinstance(config, ProcessRewardModel | RewardModel) and speaks:
             return footprint.step_head(model, scored, rows=rows if config.head == "next_token" else None)
         return footprint.trl_head(model, scored, fused=fused) if is_sft else footprint.no_head(scored)
 

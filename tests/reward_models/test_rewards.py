@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from reward_models.composite import CompositeReward, Part, build_reward, each, require_reachable
 from reward_models.grading import GraderPool
@@ -166,6 +166,7 @@ def trained(model_folder, tmp_path_factory):
     pairs = [TokenPair(chosen_ids=[*head, 10], rejected_ids=[*head, 11]) for head in heads]
     overrides = [
         f"output_dir={folder}", f"model.path={model_folder}", "training.num_steps=30", "optimizer.learning_rate=0.003", "optimizer.warmup_steps=0",
+        "head=classification",
     ]  # fmt: skip
     statistics = train(
         load_config(ROOT / "recipes/tiny/reward_model.yaml", overrides),
@@ -214,6 +215,55 @@ def test_a_reward_model_whose_head_is_missing_is_refused(trained, tmp_path):
         OutcomeModel.load(str(tmp_path), device="cpu")
 
 
+@pytest.fixture(scope="module")
+def likely(model_folder, tmp_path_factory):
+    """A language model that finds sequences ending in token 10 likelier than those ending in 11, whatever comes before."""
+    folder = tmp_path_factory.mktemp("likely")
+    heads = torch.randint(20, 90, (96, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [TokenPair(chosen_ids=[*h, 10, 2], rejected_ids=[*h, 11, 2], prompt_length=5) for h in heads]
+    overrides = [
+        f"output_dir={folder}",
+        f"model.path={model_folder}",
+        "training.num_steps=12",
+        "optimizer.learning_rate=0.001",
+    ]
+    config = load_config(ROOT / "recipes/tiny/reward_model.yaml", overrides)
+    assert config.head == "likelihood"
+    return folder, train(config, train_pairs=pairs[:64], heldout_pairs=pairs[64:]), pairs
+
+
+def test_a_likelihood_is_that_of_the_response_token_by_token_whatever_shares_its_batch(likely):
+    folder, _, _ = likely
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    ids = [20, 30, 40, 10, 2]
+    with torch.no_grad():
+        logprobs = lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+    by_hand = [logprobs[i, ids[i + 1]].item() for i in range(4)]
+    model = OutcomeModel.load(str(folder), device="cpu")
+    scores = model.raw_scores([ids, ids, [25, 10], [20, 30]], batch_size=4, starts=[3, 1, 1, 2])
+    assert scores[:2].tolist() == pytest.approx([sum(by_hand[2:]), sum(by_hand)], abs=1e-4)
+    assert scores[3] == 0  # no token of a response
+    assert model.raw_scores([[25, 10]], batch_size=1).item() == pytest.approx(scores[2].item(), abs=1e-5)
+    one = rollout("x")
+    [score] = model.score_rollouts([one], batch_size=1)
+    assert score == model.raw_scores(
+        [(*one.prompt.token_ids, *one.token_ids)], batch_size=1, starts=[len(one.prompt.token_ids)]
+    )
+
+
+def test_a_likelihood_learns_a_preference_and_keeps_it_through_the_file(likely):
+    folder, statistics, pairs = likely
+    assert statistics["accuracy"] == 1.0
+    model = OutcomeModel.load(str(folder), device="cpu")
+    chosen, rejected = (
+        model.raw_scores([getattr(p, side) for p in pairs[64:]], batch_size=64, starts=[5] * 32)
+        for side in ("chosen_ids", "rejected_ids")
+    )
+    assert torch.cat([chosen, rejected]).mean().item() == pytest.approx(statistics["mean"], abs=1e-4)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["accuracy"] == 1.0
+
+
 def test_a_reward_model_without_statistics_is_refused(tmp_path):
     with pytest.raises(ValueError, match="train_reward_model"):
         OutcomeModel.load(str(tmp_path), device="cpu")
@@ -251,7 +301,7 @@ def test_a_margin_is_what_the_chosen_response_must_be_ahead_by(model_folder, tmp
     same = [TokenPair(chosen_ids=[20, 30, 10], rejected_ids=[20, 30, 10], margin=1.5)] * 4  # r_chosen - r_rejected = 0
     overrides = [
         f"output_dir={tmp_path}", f"model.path={model_folder}", "training={num_steps: 1, log_every: 1, sequences_per_step: 4, micro_batch_size: 4}",
-        "margin_scale=2", "centering=0",
+        "margin_scale=2", "centering=0", "head=classification",
     ]  # fmt: skip
     train(load_config(ROOT / "recipes/tiny/reward_model.yaml", overrides), train_pairs=same, heldout_pairs=same)
     [row] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
