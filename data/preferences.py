@@ -35,7 +35,7 @@ def pair(key: str, chosen: Conversation, rejected: Conversation, margin: float |
 
 def from_hh(row: Mapping[str, Any], key: str) -> list[PreferencePair]:
     """Both fields are whole conversations as one text, `\\n\\nHuman: … \\n\\nAssistant: …`."""
-    return pair(key, *(_dialogue(text(row, name), name) for name in ("chosen", "rejected")))
+    return pair(key, _dialogue(text(row, "chosen"), "chosen"), _dialogue(text(row, "rejected"), "rejected"))
 
 
 def _dialogue(transcript: str, name: str) -> Conversation:
