@@ -14,7 +14,9 @@ from data.sources import Source, text
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
-def pair(key: str, chosen: Conversation, rejected: Conversation, margin: float | None = None) -> list[PreferencePair]:
+def pair(
+    key: str, chosen: Conversation, rejected: Conversation, *, margin: float | None = None
+) -> list[PreferencePair]:
     """Raises a ValueError when the two answer different questions, or say the same."""
     if (chosen.system, chosen.history, chosen.question) != (rejected.system, rejected.history, rejected.question):
         raise ValueError("chosen and rejected differ before their last response")

@@ -264,6 +264,15 @@ def test_a_likelihood_learns_a_preference_and_keeps_it_through_the_file(likely):
     assert rows[-1]["accuracy"] == 1.0
 
 
+def test_a_reward_model_whose_scores_were_all_alike_is_refused_rather_than_divided_by_0(trained, tmp_path):
+    folder, statistics, _ = trained
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / STATISTICS).write_text(json.dumps({**statistics, "std": 0.0}))
+    with pytest.raises(ValueError, match="scored all held-out responses alike"):
+        OutcomeModel.load(str(tmp_path), device="cpu")
+
+
 def test_a_reward_model_without_statistics_is_refused(tmp_path):
     with pytest.raises(ValueError, match="train_reward_model"):
         OutcomeModel.load(str(tmp_path), device="cpu")

@@ -49,7 +49,7 @@ def test_dialogues_that_begin_alike_are_on_the_same_side_of_the_split(script):
 @needs_real
 @pytest.mark.slow
 def test_a_small_outcome_model_is_above_chance_on_real_pairs_and_every_row_is_used_or_refused(script, tmp_path):
-    found = script.run(REAL, tmp_path, steps=50, max_tokens=320)
+    found = script.run(REAL, tmp_path, steps=30, max_tokens=224)
     rows = {name: r["used"] + sum(r["refused"].values()) for name, r in found["rows"].items()}
     inside = {f.name.partition(".")[0]: len(json.loads(f.read_text())) for f in REAL.glob("*.json")}
     with gzip.open(REAL / "hh_harmless_base_test.jsonl.gz") as lines:
