@@ -123,9 +123,11 @@ def prepare(
         return PreferencePair(id=key, question=question, chosen=chosen, rejected=rejected, error_step=step)
 
     def labelled(key: str, question: str, scratchpad: str, answer: str) -> LabelledSteps:
-        step, wrong_scratchpad, _ = spoil(rng, scratchpad, answer)
-        steps = wrong_scratchpad.split("\n")
-        return LabelledSteps(id=key, question=question, steps=steps, labels=[i < step for i in range(len(steps))])
+        wrong = len(scratchpad)
+        if rng.random() < 0.5:
+            wrong, scratchpad, _ = spoil(rng, scratchpad, answer)
+        steps = scratchpad.split("\n")
+        return LabelledSteps(id=key, question=question, steps=steps, labels=[i < wrong for i in range(len(steps))])
 
     return Prepared(
         demonstrations=[
@@ -136,4 +138,5 @@ def prepare(
         train_pairs=[pair(*row) for row in train[:train_pairs]],
         heldout_pairs=[pair(*row) for row in test[:heldout_pairs]],
         labelled_steps=[labelled(*row) for row in train[:train_pairs]],
+        heldout_steps=[labelled(*row) for row in test[:heldout_pairs]],
     )

@@ -86,6 +86,8 @@ class LabelledSteps:
     question: str
     steps: list[str]
     labels: list[bool]
+    values: list[float] = field(default_factory=list)
+    """Probability that a solution which begins with the steps up to and including this one ends right; empty where it was not estimated."""
 
     def __post_init__(self) -> None:
         if len(self.steps) != len(self.labels):
@@ -93,6 +95,10 @@ class LabelledSteps:
         # A label of -100 or 1.0 would silently count as True once cast.
         if any(type(label) is not bool for label in self.labels):
             raise ValueError(f"field 'labels' must be a list of bool, got {self.labels!r:.80}")
+        if self.values and len(self.values) != len(self.steps):
+            raise ValueError(f"{len(self.steps)} steps but {len(self.values)} values")
+        if any(type(v) not in (float, int) or not 0 <= v <= 1 for v in self.values):
+            raise ValueError(f"field 'values' must be a list of probabilities in [0, 1], got {self.values!r:.80}")
 
 
 def _check_history(history: list[str]) -> None:
@@ -112,6 +118,7 @@ class Prepared:
     train_pairs: list[PreferencePair]
     heldout_pairs: list[PreferencePair]
     labelled_steps: list[LabelledSteps]
+    heldout_steps: list[LabelledSteps]
 
 
 Record = TypeVar("Record", Problem, Demonstration, PreferencePair, LabelledSteps)
@@ -151,12 +158,15 @@ def _fields_of(kind: type) -> tuple[dict[str, Any], list[str]]:
     return get_type_hints(kind), required
 
 
+ITEMS: dict[Any, tuple[type, ...]] = {list[str]: (str,), list[bool]: (bool,), list[float]: (float, int)}
+"""What may stand in a list of each type."""
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    if hint in (list[str], list[bool]):
-        item = str if hint == list[str] else bool
+    if hint in ITEMS:
         # A label of -100 or 1.0 would silently count as True once cast, so nothing but a real bool passes.
-        if not isinstance(value, list) or any(type(x) is not item for x in value):
-            raise ValueError(f"field {name!r} must be a list of {item.__name__}, got {value!r:.80}")
+        if not isinstance(value, list) or any(type(x) not in ITEMS[hint] for x in value):
+            raise ValueError(f"field {name!r} must be a list of {ITEMS[hint][0].__name__}, got {value!r:.80}")
     elif hint == float | None:
         if value is not None and type(value) not in (float, int):
             raise ValueError(f"field {name!r} must be a number or null, got {value!r:.80}")

@@ -46,6 +46,7 @@ ARROW = {
     float | None: pa.float64(),
     list[str]: pa.list_(pa.string()),
     list[bool]: pa.list_(pa.bool_()),
+    list[float]: pa.list_(pa.float64()),
 }
 
 

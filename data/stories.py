@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -214,10 +215,47 @@ def to_preference_pair(story: Story, rng: random.Random) -> PreferencePair:
 
 
 def to_labelled_steps(story: Story, rng: random.Random) -> LabelledSteps:
-    """A spoiled scratchpad: every step before the error is right, the error and all that builds on it is not."""
-    step, steps, _ = spoil(rng, story)
-    labels = [i < step for i in range(len(steps))]
+    """A scratchpad, every other one spoiled: the steps before the error are right, the error and all that builds on it is not."""
+    wrong, steps = story.level, write_steps(story.events, story.values)
+    if rng.random() < 0.5:
+        wrong, steps, _ = spoil(rng, story)
+    labels = [i < wrong for i in range(len(steps))]
     return LabelledSteps(id=f"story-{story.key()[:16]}", question=story.question, steps=steps, labels=labels)
+
+
+_SENTENCE = re.compile(r"On (\w+) \w+ (\w+) (\d+|them)")
+
+
+def read_story(question: str) -> Story:
+    """The story behind a question of this task.
+
+    Raises:
+        ValueError: when it is no such question.
+    """
+    first, *told = question.split(". ")[:-1]
+    start = _SENTENCE.match(first)
+    events = []
+    for telling in told:
+        match = _SENTENCE.fullmatch(telling)
+        if match is None:
+            raise ValueError(f"{telling!r:.80} is no sentence of the embedded task")
+        verb, operand = match[2], match[3]
+        known = [pair for pair, word in MULTIPLES.items() if word == verb] or [("+" if verb in GAINS else "-", operand)]
+        operator, number = known[0]
+        events.append(Event(operator, int(number), telling))
+    if start is None:
+        raise ValueError(f"{question!r:.80} is no question of the embedded task")
+    return Story(question, int(start[3]), tuple(events))
+
+
+def judge_steps(story: Story, steps: Sequence[str]) -> list[bool]:
+    """Whether each step of any scratchpad is right, the boxed answer among them; nothing is after the first that is not."""
+    expected = [*write_steps(story.events, story.values), f"\\boxed{{{story.answer}}}"]
+    labels, right = [], True
+    for i, step in enumerate(steps):
+        right = right and step in (*expected[i : i + 1], expected[-1])
+        labels.append(right)
+    return labels
 
 
 def prepare(
@@ -246,4 +284,5 @@ def prepare(
         train_pairs=[to_preference_pair(story, rng) for story in islice(train, train_pairs)],
         heldout_pairs=[to_preference_pair(story, rng) for story in islice(test, heldout_pairs)],
         labelled_steps=[to_labelled_steps(story, rng) for story in islice(train, train_pairs)],
+        heldout_steps=[to_labelled_steps(story, rng) for story in islice(test, heldout_pairs)],
     )

@@ -454,6 +454,49 @@ class RewardModel(Section):
     script: ClassVar[str] = "scripts/train_reward_model.py"
 
 
+class ProcessRewardModel(Section):
+    """A process reward model on labelled steps: the probability that each step is right (see rlhf/trainers/process.py)."""
+
+    stage: Literal["process_reward_model"]
+    output_dir: str
+    seed: int = 0
+    model: Model
+    chat: Chat = Chat()
+    train_steps: str
+    heldout_steps: str
+    """Solutions with errors and without; a part of them gives the threshold, the others F1."""
+    separator: Annotated[str, Field(min_length=1)] = "\n"
+    """What ends a step, in the records that are trained on and in the completions that are scored (see reward_models/steps.py)."""
+    head: Literal["classification", "next_token"] = "classification"
+    """A new row on the hidden states, or the language model's odds that right_token and not wrong_token comes next."""
+    right_token: str | None = None
+    wrong_token: str | None = None
+    labels: Literal["hard", "soft"] = "hard"
+    """Right or wrong, or the estimated probability that a solution which begins like this ends right."""
+    after_first_error: Literal["ignore", "train"] = "ignore"
+    """Whether steps after the first wrong one are trained on. What is right there is not defined: PRM800K stops labelling
+    (https://arxiv.org/abs/2305.20050), automatic labels call all of them wrong, which teaches that wrong follows wrong."""
+    max_tokens: PositiveInt
+    """A longer solution is left out, and counted."""
+    training: OfflineTraining
+    optimizer: Optimizer
+    script: ClassVar[str] = "scripts/train_process_reward_model.py"
+
+    @model_validator(mode="after")
+    def _tokens_belong_to_next_token(self) -> ProcessRewardModel:
+        for key, token in (("right_token", self.right_token), ("wrong_token", self.wrong_token)):
+            if (self.head == "next_token") != (token is not None):
+                problem = "is not set" if token is None else f"is {token!r}, which nothing would read"
+                raise ValueError(
+                    f"head is {self.head} and {key} {problem}; give both tokens, such as + and -, to the head next_token only"
+                )
+        return self
+
+
+Offline = SFT | RewardModel | ProcessRewardModel
+"""Stages that train on a fixed data set."""
+
+
 # ------------------------------------------------------------------------------------------------------------------------ grpo
 
 
@@ -1009,7 +1052,9 @@ class Pipeline(Section):
     script: ClassVar[str] = "scripts/run_pipeline.py"
 
 
-Config = PrepareData | CurateData | BuildModel | SFT | RewardModel | GRPO | PPO | Evaluate | Pipeline
+Config = (
+    PrepareData | CurateData | BuildModel | SFT | RewardModel | ProcessRewardModel | GRPO | PPO | Evaluate | Pipeline
+)
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
 
 
@@ -1145,9 +1190,7 @@ def to_yaml(config: Section) -> str:
 
 def trained_model(config: Config) -> Model | None:
     """The block of the model that a training stage trains; a critic besides it is not quantised."""
-    return (
-        config.policy if isinstance(config, Online) else config.model if isinstance(config, SFT | RewardModel) else None
-    )
+    return config.policy if isinstance(config, Online) else config.model if isinstance(config, Offline) else None
 
 
 def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
@@ -1156,8 +1199,9 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
     Raises:
         ValueError: when the numbers do not divide over `num_ranks`.
     """
-    if isinstance(config, SFT | RewardModel):
-        training, what = config.training, "demonstrations" if isinstance(config, SFT) else "pairs"
+    if isinstance(config, Offline):
+        kinds = {SFT: "demonstrations", RewardModel: "pairs", ProcessRewardModel: "solutions"}
+        training, what = config.training, kinds[type(config)]
         accumulation = training.accumulation(num_ranks)
         return [
             ("ranks", f"{num_ranks}"),

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback
 
 from rlhf.checkpoint import MANIFEST, checkpoints, newest_whole, seal, step_of
-from rlhf.config import SFT, RewardModel
+from rlhf.config import Offline
 from rlhf.distributed import mark_leaf_modules, require_all_ranks, require_whole_experts, zero_stage
 from rlhf.metrics import append_jsonl, truncate_jsonl
 from rlhf.run import num_ranks, say
@@ -19,8 +19,8 @@ from rlhf.run import num_ranks, say
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-def trainer_arguments(config: SFT | RewardModel) -> dict[str, Any]:
-    """Keyword arguments that SFTConfig and RewardConfig share."""
+def trainer_arguments(config: Offline) -> dict[str, Any]:
+    """Keyword arguments that TrainingArguments, SFTConfig and RewardConfig share."""
     training, optimizer = config.training, config.optimizer
     return {
         "output_dir": str(Path(config.output_dir) / "trainer"),
@@ -58,7 +58,7 @@ def last_checkpoint(trainer: Any, output_dir: Path) -> Path | None:
     return newest_whole(trainer.accelerator, folder, "checkpoint")
 
 
-def run_trainer(trainer: Any, config: SFT | RewardModel) -> None:
+def run_trainer(trainer: Any, config: Offline) -> None:
     """Train from the newest whole checkpoint, if there is one, on all the ranks that were launched."""
     require_all_ranks(trainer.accelerator)
     plugin = trainer.accelerator.state.deepspeed_plugin

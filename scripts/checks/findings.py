@@ -15,7 +15,7 @@ T = TypeVar("T")
 MADE_BY = {
     "prepare_data": (
         "demonstrations.jsonl", "train_problems.jsonl", "test_problems.jsonl", "train_pairs.jsonl", "heldout_pairs.jsonl",
-        "labelled_steps.jsonl",
+        "labelled_steps.jsonl", "heldout_steps.jsonl",
     ),
 }  # fmt: skip
 """Files by stage; a stage that is not listed makes a model in its folder, or files whose names its recipe decides."""
