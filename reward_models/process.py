@@ -235,7 +235,11 @@ def _model_class(head: str) -> Any:
 
 
 def targets_of(
-    labels: Sequence[bool], values: Sequence[float], *, soft: bool, after_first_error: Literal["ignore", "train"]
+    labels: Sequence[bool],
+    values: Sequence[float],
+    *,
+    soft: bool,
+    after_first_error: Literal["ignore", "train"] = "ignore",
 ) -> list[float]:
     """The probability that each step is trained to have; for as many first steps as are trained on.
 
@@ -258,17 +262,18 @@ def example_of(solution: Solution, targets: Sequence[float]) -> StepExample:
     return StepExample(input_ids=solution.input_ids, ends=solution.ends[: len(targets)], targets=list(targets))
 
 
-def heldout_figures(
-    probabilities: Sequence[Sequence[float]], truth: Sequence[int], *, seed: int
+def figures_of(
+    probabilities: Sequence[Sequence[float]], truth: Sequence[int], *, threshold: float | None, seed: int
 ) -> tuple[float, dict[str, Any]]:
-    """(threshold, what a model is worth on held-out solutions: F1 as ProcessBench counts it, on those the threshold was not chosen on)."""
-    order = list(range(len(truth)))
-    random.Random(seed).shuffle(order)
-    cut = max(1, round(THRESHOLD_SHARE * len(order)))
-    first, rest = order[:cut], order[cut:]
-    threshold = choose_threshold([probabilities[i] for i in first], [truth[i] for i in first])
-    score = benchmark_score([first_error(probabilities[i], threshold) for i in rest], [truth[i] for i in rest])
-    return threshold, {"num_solutions": len(rest), **dataclasses.asdict(score)}
+    """(threshold, F1 as ProcessBench counts it): where there is no threshold yet, a quarter of the solutions gives it and the others are scored."""
+    scored = list(range(len(truth)))
+    if threshold is None:
+        random.Random(seed).shuffle(scored)
+        cut = max(1, round(THRESHOLD_SHARE * len(scored)))
+        first, scored = scored[:cut], scored[cut:]
+        threshold = choose_threshold([probabilities[i] for i in first], [truth[i] for i in first])
+    score = benchmark_score([first_error(probabilities[i], threshold) for i in scored], [truth[i] for i in scored])
+    return threshold, {"num_solutions": len(scored), **dataclasses.asdict(score)}
 
 
 def train(
@@ -314,7 +319,7 @@ def train(
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     judge = ProcessModel(trained.eval(), tokenizer, description)
     probabilities = judge.probabilities(heldout, tokens_per_batch=TOKENS_PER_BATCH)
-    threshold, figures = heldout_figures(probabilities, [s.first_error for s in heldout], seed=config.seed)
+    threshold, figures = figures_of(probabilities, [s.first_error for s in heldout], threshold=None, seed=config.seed)
     save_model(trained, config.output_dir, write=trainer.accelerator.is_main_process)
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(config.output_dir)

@@ -73,7 +73,7 @@ def benchmark_score(predicted: Sequence[int], truth: Sequence[int], *, seed: int
 
 
 def choose_threshold(probabilities: Sequence[Sequence[float]], truth: Sequence[int]) -> float:
-    """The threshold of highest F1, in the middle of those that reach it; for solutions other than those that are then scored.
+    """The threshold of highest F1, in the middle of the widest range that reaches it; for solutions other than those that are then scored.
 
     Args:
         probabilities: of N solutions, of each step.
@@ -87,11 +87,13 @@ def choose_threshold(probabilities: Sequence[Sequence[float]], truth: Sequence[i
     quantiles = np.unique(
         np.quantile(np.concatenate([np.asarray(p) for p in probabilities]), np.linspace(0, 1, CANDIDATES))
     )
-    candidates = np.append((quantiles[1:] + quantiles[:-1]) / 2, quantiles)
+    candidates = np.sort(np.append(quantiles, (quantiles[1:] + quantiles[:-1]) / 2))
     scores = []
     for threshold in candidates:
         below = table < threshold
         hit = np.where(below.any(1), below.argmax(1), NO_ERROR) == known
         scores.append(harmonic_mean(hit[known != NO_ERROR].mean(), hit[known == NO_ERROR].mean()))
-    best = np.sort(candidates[np.asarray(scores) == max(scores)])
-    return float(best[len(best) // 2])
+    best = np.flatnonzero(np.asarray(scores) == max(scores))
+    runs = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
+    low, high = max(((candidates[run[0]], candidates[run[-1]]) for run in runs), key=lambda ends: ends[1] - ends[0])
+    return float((low + high) / 2)

@@ -225,8 +225,8 @@ class PrepareData(Section):
 # ------------------------------------------------------------------------------------------------------------------ curate_data
 
 
-class DataSource(Section):
-    """A source of data/catalog.py; all sources of a recipe yield the same kind of record."""
+class Source(Section):
+    """A source of data/catalog.py."""
 
     name: str
     path: str | None = None
@@ -235,6 +235,11 @@ class DataSource(Section):
     """Commit on the hub, where it is not the catalog's."""
     split: str | None = None
     """The source's own split; its training data where it has any, by default."""
+
+
+class DataSource(Source):
+    """One of several; all sources of a recipe yield the same kind of record."""
+
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the mix, relative to the other sources."""
 
@@ -490,6 +495,32 @@ class ProcessRewardModel(Section):
                 raise ValueError(
                     f"head is {self.head} and {key} {problem}; give both tokens, such as + and -, to the head next_token only"
                 )
+        return self
+
+
+class EvaluateProcess(Section):
+    """How well a process model finds the first wrong step of labelled solutions, counted as ProcessBench does."""
+
+    stage: Literal["evaluate_process"]
+    output_dir: str
+    seed: int = 0
+    model: str
+    """Folder of a process reward model."""
+    chat: Chat = Chat()
+    solutions: Annotated[dict[str, Source], Field(min_length=1)]
+    """Label to a source of labelled steps, such as processbench."""
+    threshold_on: str | None = None
+    """Label of the solutions a quarter of which gives the threshold, for all; the rest of them is scored. By default the model's own counts."""
+    tokens_per_batch: PositiveInt = 16_384
+    """Of a forward pass, padding included."""
+    script: ClassVar[str] = "scripts/evaluate_process.py"
+
+    @model_validator(mode="after")
+    def _threshold_is_on_a_label(self) -> EvaluateProcess:
+        if self.threshold_on is not None and self.threshold_on not in self.solutions:
+            raise ValueError(
+                f"threshold_on is {self.threshold_on!r}; {nearest(self.threshold_on, list(self.solutions))}"
+            )
         return self
 
 
@@ -1053,7 +1084,17 @@ class Pipeline(Section):
 
 
 Config = (
-    PrepareData | CurateData | BuildModel | SFT | RewardModel | ProcessRewardModel | GRPO | PPO | Evaluate | Pipeline
+    PrepareData
+    | CurateData
+    | BuildModel
+    | SFT
+    | RewardModel
+    | ProcessRewardModel
+    | EvaluateProcess
+    | GRPO
+    | PPO
+    | Evaluate
+    | Pipeline
 )
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
 

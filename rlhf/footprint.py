@@ -29,6 +29,8 @@ from rlhf.shapes import ModelShape
 
 HEAD_ROWS = 512
 """Rows of logits that rlhf/logprobs.py holds at a time."""
+TOKENS_PER_STEP = 32
+"""Of a solution that a process model is trained on: assumed."""
 TRL_ROWS, TRL_COLUMNS = 4096, 32768
 """The buffer of logits in TRL's loss."""
 WIDTH = {"float32": 4, "bfloat16": 2}
@@ -312,6 +314,19 @@ class Head:
 def no_head(scored: float) -> Head:
     """Of a value or reward model."""
     return Head(0.0, 0.0)
+
+
+def step_head(model: Trained, tokens: float, *, rows: int) -> Head:
+    """What rlhf/trainers/process.py allocates of a language model's logits, P = min(tokens, rows * tokens / 32) places in its rows.
+
+        forward   4 P V + w P V        in float32, and below that as the model gives them
+        backward  twice as much        the gradients through each of the two tokens' columns
+
+    A step every 32 tokens is assumed; the model computes a place in all rows where any row has a step.
+    """
+    places = min(tokens, rows * tokens / TOKENS_PER_STEP)
+    logits = (4 + (model.width if model.width < 4 else 0)) * places * model.shape.vocab_size
+    return Head(logits, 2 * logits)
 
 
 def head(model: Trained, scored: float) -> Head:

@@ -15,7 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf import footprint
-from rlhf.config import PPO, SFT, Config, Online, RewardModel, RewardModelReward, batch_arithmetic
+from rlhf.config import (
+    PPO,
+    SFT,
+    Config,
+    Offline,
+    Online,
+    ProcessRewardModel,
+    RewardModel,
+    RewardModelReward,
+    batch_arithmetic,
+)
 from rlhf.footprint import WIDTH, Sharding, Trained, forward_scratch, trained_of
 from rlhf.hardware import GIB, Device, Machine
 from rlhf.shapes import ModelShape
@@ -27,6 +37,8 @@ ENGINE_SEQUENCES = 256
 """That the transformers engine samples together (rlhf/rollout/transformers.py)."""
 HELDOUT_PAIRS = 64
 """That reward_models/outcome.py scores together."""
+HELDOUT_TOKENS = 16_384
+"""That reward_models/process.py scores together."""
 RUNTIME_ON_GPU = 1.5 * GIB
 """CUDA context, libraries' workspaces, fragmentation: assumed, not measured."""
 RUNTIME_ON_CPU = 0.75 * GIB
@@ -111,11 +123,13 @@ def make_plan(config: Config, shapes: Mapping[str, ModelShape], machine: Machine
         work = OnlineWork.of(config, machine)
         parts = [*_online_parts(config, shapes, machine, sharding, work)]
         seconds = _online_seconds(config, shapes, machine, work)
-    elif isinstance(config, SFT | RewardModel):
+    elif isinstance(config, Offline):
         parts = [*_offline_parts(config, shapes["policy"], machine, sharding)]
         seconds = _offline_seconds(config, shapes["policy"], machine)
     else:
-        raise ValueError(f"the stage {config.stage} trains nothing; plan sft, reward_model, grpo or ppo")
+        raise ValueError(
+            f"the stage {config.stage} trains nothing; plan sft, reward_model, process_reward_model, grpo or ppo"
+        )
     runtime = RUNTIME_ON_CPU if machine.device.is_cpu else RUNTIME_ON_GPU
     parts.append(Part(name="runtime overhead", when=ALWAYS, size=runtime, note="assumed"))
     return Plan(
@@ -355,15 +369,18 @@ def _reference_parts(
     return [*found, Part(name="reference logits", when=moment, size=logits)]
 
 
-def _offline_parts(config: SFT | RewardModel, shape: ModelShape, machine: Machine, sharding: Sharding) -> list[Part]:
+def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, sharding: Sharding) -> list[Part]:
     is_sft = isinstance(config, SFT)
-    model = trained_of(config.model, shape, sharding, has_head=is_sft)
-    rows = config.training.micro_batch_size * (1 if is_sft else 2)
+    speaks = is_sft or (isinstance(config, ProcessRewardModel) and config.head == "next_token")
+    model = trained_of(config.model, shape, sharding, has_head=speaks)
+    rows = config.training.micro_batch_size * (2 if isinstance(config, RewardModel) else 1)
     tokens = rows * config.max_tokens
 
     def head(scored: float) -> footprint.Head:
         fused = not machine.device.is_cpu
         # Where Triton is, positions that are not trained on are left out; how many is not known here.
+        if isinstance(config, ProcessRewardModel) and speaks:
+            return footprint.step_head(model, scored, rows=rows)
         return footprint.trl_head(model, scored, fused=fused) if is_sft else footprint.no_head(scored)
 
     micro = MicroBatch(tokens, tokens)
@@ -380,8 +397,9 @@ def _offline_parts(config: SFT | RewardModel, shape: ModelShape, machine: Machin
         fused_optimizer=True,  # the Trainer's default
     )
     if not is_sft:
-        size = forward_scratch(shape, model.dtype, HELDOUT_PAIRS * config.max_tokens)
-        parts.append(Part(name="held-out pairs", when="scoring", size=size))
+        pairs = isinstance(config, RewardModel)
+        size = forward_scratch(shape, model.dtype, HELDOUT_PAIRS * config.max_tokens if pairs else HELDOUT_TOKENS)
+        parts.append(Part(name="held-out pairs" if pairs else "held-out solutions", when="scoring", size=size))
     return parts
 
 
@@ -402,7 +420,7 @@ def _warnings(config: Config, shapes: Mapping[str, ModelShape], machine: Machine
                 f"vLLM's share of {share / GIB:.1f} GiB leaves {max(0.0, cache) / GIB:.2f} GiB for keys and values, less than one sequence "
                 f"({longest / GIB:.2f} GiB), and it will not start; raise rollout.gpu_memory_share"
             )
-    if isinstance(config, Online | SFT | RewardModel) and sharding.stage == 3:
+    if isinstance(config, Online | Offline) and sharding.stage == 3:
         classes = {name for shape in shapes.values() for name in shape.moe_classes}
         if classes:
             found.append(f"ZeRO-3 must gather these blocks whole, as leaf modules: {', '.join(sorted(classes))}")
@@ -487,9 +505,9 @@ def _reduction(shape: ModelShape, width: int, machine: Machine) -> float:
     return 2 * (machine.count - 1) / machine.count * width * shape.parameters / machine.device.link
 
 
-def _offline_seconds(config: SFT | RewardModel, shape: ModelShape, machine: Machine) -> dict[str, float]:
+def _offline_seconds(config: Offline, shape: ModelShape, machine: Machine) -> dict[str, float]:
     """An optimizer step."""
-    rows = config.training.sequences_per_step // machine.count * (1 if isinstance(config, SFT) else 2)
+    rows = config.training.sequences_per_step // machine.count * (2 if isinstance(config, RewardModel) else 1)
     passes = 4 if config.model.gradient_checkpointing else 3
     device, tokens = machine.device, rows * config.max_tokens
     return {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.config import PPO, SFT, Config, Online, Pipeline, RewardModel, RewardModelReward, load_config
+from rlhf.config import PPO, Config, Offline, Online, Pipeline, RewardModelReward, load_config
 from rlhf.footprint import Sharding, read_sharding
 from rlhf.hardware import GIB, Machine, cpu, parse_gpus
 from rlhf.pipeline import load_stages
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 def model_paths(config: Config) -> dict[str, str]:
     """Role to path of every model that a training stage loads."""
-    if isinstance(config, SFT | RewardModel):
+    if isinstance(config, Offline):
         return {"policy": config.model.path}
     if not isinstance(config, Online):
         return {}
@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     fit = True
     for number, (stage, _) in enumerate(load_stages(config), 1):
         print(f"\n[{number}/{len(config.stages)}] {stage.stage}")
-        if isinstance(stage, Online | SFT | RewardModel):
+        if isinstance(stage, Online | Offline):
             fit &= plan_stage(stage, machine, sharding, arguments.model_config)
         else:
             print("trains nothing")

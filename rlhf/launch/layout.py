@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from rlhf.config import SFT, Config, Online, RewardModel
+from rlhf.config import Config, Offline, Online
 
 SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 """Never asks for a password, and gives a dead host up after a minute."""
@@ -136,7 +136,7 @@ class Launch:
     """On top of what each host's login shell sets."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.config, Online | SFT | RewardModel):
+        if not isinstance(self.config, Online | Offline):
             raise ValueError(
                 f"{self.recipe} is a recipe for the stage {self.config.stage}, which does not train on several hosts; run {self.config.script} "
                 "with it, or launch the training stages of a pipeline one by one"

@@ -12,9 +12,12 @@ from safetensors import SafetensorError, safe_open
 from checks.findings import Context, Report
 from data.catalog import BENCHMARKS, CATALOG, find
 from data.chat import ChatRenderer, response_of
-from data.records import Demonstration, PreferencePair, Problem, read_records
+from data.records import Demonstration, LabelledSteps, PreferencePair, Problem, read_records
 from reward_models.composite import build_reward, require_reachable
 from reward_models.outcome import STATISTICS
+from reward_models.process import DESCRIPTION, targets_of
+from reward_models.processbench import first_wrong, require_both_kinds
+from reward_models.steps import encode_steps
 from rlhf.config import (
     PPO,
     SFT,
@@ -22,9 +25,12 @@ from rlhf.config import (
     Config,
     CurateData,
     Evaluate,
+    EvaluateProcess,
     GSM8KSource,
+    Offline,
     Online,
     PrepareData,
+    ProcessRewardModel,
     RewardModel,
     RewardModelReward,
     RuleReward,
@@ -42,6 +48,11 @@ def record_files(config: Config) -> list[tuple[str, type, str]]:
             ("train_pairs", PreferencePair, config.train_pairs),
             ("heldout_pairs", PreferencePair, config.heldout_pairs),
         ]
+    if isinstance(config, ProcessRewardModel):
+        return [
+            ("train_steps", LabelledSteps, config.train_steps),
+            ("heldout_steps", LabelledSteps, config.heldout_steps),
+        ]
     if isinstance(config, Online):
         return [("problems", Problem, config.problems), ("demonstrations", Demonstration, config.demonstrations)]
     if isinstance(config, Evaluate) and config.problems is not None:
@@ -51,10 +62,12 @@ def record_files(config: Config) -> list[tuple[str, type, str]]:
 
 def model_folders(config: Config) -> list[tuple[str, str]]:
     """(key, path) of every model that a stage loads."""
-    if isinstance(config, SFT | RewardModel):
+    if isinstance(config, Offline):
         return [("model.path", config.model.path)]
     if isinstance(config, Evaluate):
         return [(f"models.{label}.path", model.path) for label, model in config.models.items() if model.server is None]
+    if isinstance(config, EvaluateProcess):
+        return [("model", config.model)]
     if isinstance(config, CurateData):
         return [("difficulty.policy.path", config.difficulty.policy.path)] if config.difficulty else []
     if not isinstance(config, Online):
@@ -124,10 +137,10 @@ def check_models(report: Report, config: Config, context: Context) -> list[str]:
 
         def check(key: str = key, path: str = path) -> int:
             check_model_path(path, key)
-            if key.startswith("rewards.") and not (Path(path) / STATISTICS).is_file():
-                raise ValueError(
-                    f"{key} is {path}, which has no {STATISTICS}; train it with scripts/train_reward_model.py"
-                )
+            beside = {"rewards.reward_model.path": STATISTICS, "model": DESCRIPTION}.get(key)
+            if beside is not None and not (Path(path) / beside).is_file():
+                script = ProcessRewardModel.script if beside == DESCRIPTION else RewardModel.script
+                raise ValueError(f"{key} is {path}, which has no {beside}; train it with {script}")
             return count_tensors(Path(path))
 
         if report.attempt(key, check, lambda n, path=path: f"{path}, {n:,} tensors in safetensors") is not None:
@@ -172,7 +185,7 @@ def check_text(report: Report, config: Config, records: dict[str, list[Any]], th
     """Tokenizer and chat template give back what they are given, lengths fit, and the reward can be earned."""
     if isinstance(config, Online):
         path, revision = config.policy.path, config.policy.revision
-    elif isinstance(config, SFT | RewardModel):
+    elif isinstance(config, Offline):
         path, revision = config.model.path, config.model.revision
     else:
         return
@@ -200,6 +213,32 @@ def check_text(report: Report, config: Config, records: dict[str, list[Any]], th
     elif "train_pairs" in records:
         rendered = [renderer.pair_ids(pair) for pair in records["train_pairs"]]
         _check_lengths(report, [len(p) + max(len(c), len(r)) for p, c, r in rendered], config.max_tokens)
+    elif isinstance(config, ProcessRewardModel) and "train_steps" in records:
+        _check_steps(report, config, renderer, records)
+
+
+def _check_steps(
+    report: Report, config: ProcessRewardModel, renderer: ChatRenderer, records: dict[str, list[Any]]
+) -> None:
+    """Labels that training can use, a held-out file that F1 can be counted on, and lengths."""
+    report.attempt(
+        "targets",
+        lambda: [targets_of(r.labels, r.values, soft=config.labels == "soft") for r in records["train_steps"]],
+        lambda of_records: f"{sum(map(len, of_records)):,} {config.labels} labels",
+    )
+    if "heldout_steps" in records:
+        truth = [first_wrong(record.labels) for record in records["heldout_steps"]]
+        report.attempt(
+            "heldout_steps",
+            lambda: require_both_kinds(truth, config.heldout_steps),
+            lambda _: f"{sum(i >= 0 for i in truth):,} erroneous and {sum(i < 0 for i in truth):,} correct solutions",
+        )
+    prompts = [renderer.prompt_ids(record.question) for record in records["train_steps"]]
+    read = [
+        encode_steps(prompt, record.steps, renderer.tokenizer, config.separator)[0]
+        for prompt, record in zip(prompts, records["train_steps"], strict=True)
+    ]
+    _check_lengths(report, list(map(len, read)), config.max_tokens)
 
 
 def _check_lengths(report: Report, lengths: list[int], limit: int) -> None:
@@ -258,6 +297,9 @@ def check_sources(report: Report, config: Config) -> None:
         scan = config.decontamination
         for name, benchmark in scan.against.items() if scan else ():
             _known(report, f"decontamination.{name}", name, benchmark.path, BENCHMARKS)
+    if isinstance(config, EvaluateProcess):
+        for label, source in config.solutions.items():
+            _known(report, f"solutions.{label}", source.name, source.path, CATALOG)
     if isinstance(config, Evaluate):
         if config.benchmark is not None:
             _known(report, "benchmark", config.benchmark.name, config.benchmark.path, BENCHMARKS)
