@@ -37,7 +37,7 @@ from rlhf.distributed import global_max, place_frozen
 from rlhf.lora import adapt, save_model
 from rlhf.run import write_json
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
-from rlhf.trainers.process import ProcessTrainer, StepCollator, StepExample, pad_right, step_logits
+from rlhf.trainers.process import Head, ProcessTrainer, StepCollator, StepExample, pad_right, step_logits
 from rlhf.types import Rollout, StepReward
 
 DESCRIPTION = "process_model.json"
@@ -52,6 +52,8 @@ class Solution:
     """A solution to be judged, as token ids."""
 
     input_ids: list[int]
+    start: int
+    """Index of the first step's first token."""
     ends: list[int]
     """Index of the last token of each step."""
     first_error: int = -1
@@ -62,9 +64,11 @@ class Solution:
 class Description:
     """What a saved process model needs beside its weights."""
 
-    head: Literal["classification", "next_token"]
+    head: Head
     separator: str
     """What ends a step."""
+    opening: str
+    """What is read before the first one."""
     right_token: str | None
     wrong_token: str | None
     """Of the head `next_token`: what it would write of a step that is right, and of one that is wrong."""
@@ -72,12 +76,12 @@ class Description:
     """A step whose probability is below it is called wrong; chosen on a part of the held-out solutions."""
 
     def tokens(self, tokenizer: Any) -> tuple[int, int] | None:
-        """Ids of the two tokens; None for the other head.
+        """Ids of the two tokens; None for the other heads.
 
         Raises:
             ValueError: when one of them is not exactly one token.
         """
-        if self.head == "classification":
+        if self.head != "next_token":
             return None
         ids = []
         for key, text in (("right_token", self.right_token), ("wrong_token", self.wrong_token)):
@@ -130,7 +134,8 @@ class ProcessModel:
     """A trained process reward model with the cut into steps it was trained on."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, description: Description) -> None:
-        self._model, self.tokenizer, self.description = model, tokenizer, description
+        self._model: Any = model
+        self.tokenizer, self.description = tokenizer, description
         self._tokens = description.tokens(tokenizer)
         self._sharded_over: Accelerator | None = None
 
@@ -181,7 +186,7 @@ class ProcessModel:
             for i, probabilities in zip(batch, of_steps.split([len(solutions[i].ends) for i in batch]), strict=True):
                 found[i] = probabilities.tolist()
         for _ in range(idle):
-            self._forward([Solution(input_ids=[0], ends=[0])])
+            self._forward([Solution(input_ids=[0, 0], start=1, ends=[1])])
         return found
 
     def _forward(self, solutions: Sequence[Solution]) -> torch.Tensor:
@@ -192,16 +197,17 @@ class ProcessModel:
         at = torch.zeros(input_ids.shape, dtype=torch.bool)
         for b, solution in enumerate(solutions):
             at[b, solution.ends] = True
-        device = self._model.device
-        logits = step_logits(
-            self._model, input_ids.to(device), attention_mask.to(device), at.to(device), tokens=self._tokens
-        )
+        starts = torch.tensor([s.start for s in solutions])
+        inputs = [tensor.to(self._model.device) for tensor in (input_ids, attention_mask, starts, at)]
+        logits = step_logits(self._model, *inputs, head=self.description.head, tokens=self._tokens)
         return logits.sigmoid().cpu()
 
     def encode(self, prompt_ids: Sequence[int], steps: Sequence[str]) -> Solution:
         """A solution as the model reads it, after the tokens of its rendered question."""
-        input_ids, ends = encode_steps(prompt_ids, steps, self.tokenizer, self.separator)
-        return Solution(input_ids=input_ids, ends=ends)
+        input_ids, ends = encode_steps(
+            prompt_ids, steps, self.tokenizer, separator=self.separator, opening=self.description.opening
+        )
+        return Solution(input_ids=input_ids, start=len(prompt_ids), ends=ends)
 
     def scorer(self, *, tokens_per_batch: int) -> Callable[[Sequence[Rollout]], list[list[StepReward]]]:
         """Rollouts to the probability that each of their steps is right, at the step's last token; at least one step each.
@@ -231,7 +237,7 @@ class ProcessModel:
 
 
 def _model_class(head: str) -> Any:
-    return AutoModelForCausalLM if head == "next_token" else AutoModelForTokenClassification
+    return AutoModelForTokenClassification if head == "classification" else AutoModelForCausalLM
 
 
 def targets_of(
@@ -259,7 +265,8 @@ def targets_of(
 
 def example_of(solution: Solution, targets: Sequence[float]) -> StepExample:
     """A solution as it is trained on, its first steps as far as there are targets."""
-    return StepExample(input_ids=solution.input_ids, ends=solution.ends[: len(targets)], targets=list(targets))
+    ends = solution.ends[: len(targets)]
+    return StepExample(input_ids=solution.input_ids, start=solution.start, ends=ends, targets=list(targets))
 
 
 def figures_of(
@@ -286,6 +293,7 @@ def train(
     description = Description(
         head=config.head,
         separator=config.separator,
+        opening=config.opening,
         right_token=config.right_token if config.head == "next_token" else None,
         wrong_token=config.wrong_token if config.head == "next_token" else None,
         threshold=0.5,
@@ -306,13 +314,14 @@ def train(
         use_safetensors=True,
         trust_remote_code=False,
     )
-    adapt(model, config.model, trained_in_full=[] if config.head == "next_token" else ["score"])
+    adapt(model, config.model, trained_in_full=["score"] if config.head == "classification" else [])
     trainer = ProcessTrainer(
         model=model,
         args=TrainingArguments(**trainer_arguments(config), remove_unused_columns=False),
         train_dataset=Dataset.from_list([dataclasses.asdict(example) for example in examples]),
         data_collator=StepCollator(tokenizer.pad_token_id),
         callbacks=[LogLines(Path(config.output_dir) / "metrics.jsonl")],
+        head=config.head,
         tokens=tokens,
     )
     run_trainer(trainer, config)

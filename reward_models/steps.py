@@ -2,8 +2,8 @@
 
     <think>\\nOn Tuesday she finds 5: 7 + 5 = 12\\n</think>\\n\\\\boxed{12}        separator "\\n"
 
-has two steps, `On Tuesday she finds 5: 7 + 5 = 12` and `\\\\boxed{12}`: the answer is a step, so that a completion that answers at once has
-one. Blank pieces and bare think tags are none.
+has two steps, `<think>\\nOn Tuesday she finds 5: 7 + 5 = 12` and `</think>\\n\\boxed{12}`: blank pieces and bare think tags belong to the
+step after them, so that steps with the separator between them are what the policy wrote, and a completion that answers at once has one.
 
 A process model reads a question and its steps, each tokenized by itself with the separator behind it, and judges a step at that last
 token. So no token of what it reads lies in two steps, whatever the tokenizer merges, and a step reads the same as the last one of a
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-_BEFORE, _BEHIND = re.compile(r"(?:\s|</?think>)*"), re.compile(r"(?:\s|>kniht/?<)*")
-"""White space and think tags; the second one of a text read backwards."""
+_NO_STEP = re.compile(r"(?:\s|</?think>)*")
+"""White space and think tags."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,13 @@ class Step:
 
 def split_steps(text: str, separator: str) -> list[tuple[str, int]]:
     """(step, characters of `text` up to its end) for each step of a completion."""
-    found, offset = [], 0
+    found, begin, offset = [], 0, 0
     for piece in text.split(separator):
-        start = _BEFORE.match(piece).end()  # type: ignore[reportOptionalMemberAccess]  # matches the empty text too
-        end = len(piece) - _BEHIND.match(piece[::-1]).end()  # type: ignore[reportOptionalMemberAccess]
-        if start < end:
-            found.append((piece[start:end], offset + end))
+        end = offset + len(piece.rstrip())
         offset += len(piece) + len(separator)
+        if not _NO_STEP.fullmatch(piece):
+            found.append((text[begin:end].lstrip(), end))
+            begin = offset
     return found
 
 
@@ -81,11 +81,16 @@ def decode_pieces(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 
 def encode_steps(
-    prompt_ids: Sequence[int], steps: Sequence[str], tokenizer: Any, separator: str
+    prompt_ids: Sequence[int], steps: Sequence[str], tokenizer: Any, *, separator: str, opening: str = ""
 ) -> tuple[list[int], list[int]]:
-    """What a process model reads, and the index in it of each step's last token, where it judges."""
+    """What a process model reads, and the index in it of each step's last token, where it judges.
+
+    `opening` is what the policy writes before its first step, and is put there where a record does without: a language model that has
+    never seen a step without it reads badly.
+    """
     input_ids, ends = list(prompt_ids), []
-    for step in steps:
-        input_ids += tokenizer.encode(step + separator, add_special_tokens=False)
+    for i, step in enumerate(steps):
+        before = opening if i == 0 and not step.startswith(opening) else ""
+        input_ids += tokenizer.encode(before + step + separator, add_special_tokens=False)
         ends.append(len(input_ids) - 1)
     return input_ids, ends

@@ -472,8 +472,11 @@ class ProcessRewardModel(Section):
     """Solutions with errors and without; a part of them gives the threshold, the others F1."""
     separator: Annotated[str, Field(min_length=1)] = "\n"
     """What ends a step, in the records that are trained on and in the completions that are scored (see reward_models/steps.py)."""
-    head: Literal["classification", "next_token"] = "classification"
-    """A new row on the hidden states, or the language model's odds that right_token and not wrong_token comes next."""
+    opening: str = ""
+    """What the policy writes before its first step, such as an open think tag; put there for records that do without."""
+    head: Literal["classification", "next_token", "likelihood"] = "classification"
+    """A new row on the hidden states, the language model's odds that right_token and not wrong_token comes next, or the probability that the
+    language model would write the step itself, for tasks in which a right step can be said in one way."""
     right_token: str | None = None
     wrong_token: str | None = None
     labels: Literal["hard", "soft"] = "hard"

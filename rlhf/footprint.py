@@ -316,15 +316,15 @@ def no_head(scored: float) -> Head:
     return Head(0.0, 0.0)
 
 
-def step_head(model: Trained, tokens: float, *, rows: int) -> Head:
+def step_head(model: Trained, tokens: float, *, rows: int | None) -> Head:
     """What rlhf/trainers/process.py allocates of a language model's logits, P = min(tokens, rows * tokens / 32) places in its rows.
 
         forward   4 P V + w P V        in float32, and below that as the model gives them
         backward  twice as much        the gradients through each of the two tokens' columns
 
-    A step every 32 tokens is assumed; the model computes a place in all rows where any row has a step.
+    A step every 32 tokens is assumed; the model computes a place in all rows where any row has a step. Without `rows`, every token is one.
     """
-    places = min(tokens, rows * tokens / TOKENS_PER_STEP)
+    places = tokens if rows is None else min(tokens, rows * tokens / TOKENS_PER_STEP)
     logits = (4 + (model.width if model.width < 4 else 0)) * places * model.shape.vocab_size
     return Head(logits, 2 * logits)
 

@@ -371,7 +371,7 @@ def _reference_parts(
 
 def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, sharding: Sharding) -> list[Part]:
     is_sft = isinstance(config, SFT)
-    speaks = is_sft or (isinstance(config, ProcessRewardModel) and config.head == "next_token")
+    speaks = is_sft or (isinstance(config, ProcessRewardModel) and config.head != "classification")
     model = trained_of(config.model, shape, sharding, has_head=speaks)
     rows = config.training.micro_batch_size * (2 if isinstance(config, RewardModel) else 1)
     tokens = rows * config.max_tokens
@@ -380,7 +380,7 @@ def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, shardin
         fused = not machine.device.is_cpu
         # Where Triton is, positions that are not trained on are left out; how many is not known here.
         if isinstance(config, ProcessRewardModel) and speaks:
-            return footprint.step_head(model, scored, rows=rows)
+            return footprint.step_head(model, scored, rows=rows if config.head == "next_token" else None)
         return footprint.trl_head(model, scored, fused=fused) if is_sft else footprint.no_head(scored)
 
     micro = MicroBatch(tokens, tokens)

@@ -25,8 +25,10 @@ def train_process_reward_model(config: ProcessRewardModel, run: Run) -> None:
 
     def read(record: LabelledSteps) -> Solution:
         prompt = renderer.prompt_ids(record.question)
-        input_ids, ends = encode_steps(prompt, record.steps, tokenizer, config.separator)
-        return Solution(input_ids=input_ids, ends=ends, first_error=first_wrong(record.labels))
+        input_ids, ends = encode_steps(
+            prompt, record.steps, tokenizer, separator=config.separator, opening=config.opening
+        )
+        return Solution(input_ids=input_ids, start=len(prompt), ends=ends, first_error=first_wrong(record.labels))
 
     kept: dict[str, list[int]] = {}
     solutions: dict[str, list[Solution]] = {}

@@ -235,7 +235,7 @@ def _check_steps(
         )
     prompts = [renderer.prompt_ids(record.question) for record in records["train_steps"]]
     read = [
-        encode_steps(prompt, record.steps, renderer.tokenizer, config.separator)[0]
+        encode_steps(prompt, record.steps, renderer.tokenizer, separator=config.separator, opening=config.opening)[0]
         for prompt, record in zip(prompts, records["train_steps"], strict=True)
     ]
     _check_lengths(report, list(map(len, read)), config.max_tokens)

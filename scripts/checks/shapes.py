@@ -12,7 +12,7 @@ from rlhf.shapes import ModelShape, find_config, read_shape, shape_of
 def trained_models(report: Report, config: Config, context: Context) -> dict[str, Trained]:
     """Role to each model that a stage trains and whose shape is known, from its folder or from the stage that will build it."""
     if isinstance(config, Offline):
-        speaks = isinstance(config, SFT) or (isinstance(config, ProcessRewardModel) and config.head == "next_token")
+        speaks = isinstance(config, SFT) or (isinstance(config, ProcessRewardModel) and config.head != "classification")
         models = {"model": (config.model, speaks)}
     elif isinstance(config, Online):
         models = {"policy": (config.policy, True)} | (

@@ -3,7 +3,15 @@ from itertools import islice
 import pytest
 
 from data.records import LabelledSteps, Problem, read_records, write_records
-from data.stories import LARGEST, generate_stories, prepare, to_labelled_steps, to_preference_pair
+from data.stories import (
+    LARGEST,
+    generate_stories,
+    judge_steps,
+    prepare,
+    read_story,
+    to_labelled_steps,
+    to_preference_pair,
+)
 from reward_models.grading import grade
 
 
@@ -56,6 +64,26 @@ def test_every_other_scratchpad_is_right_and_the_labels_of_the_others_turn_false
     drawn = [to_labelled_steps(story, random.Random(0)) for story in stories("train", 200)]
     assert all(r.labels == sorted(r.labels, reverse=True) for r in drawn)
     assert 60 < sum(all(r.labels) for r in drawn) < 140
+
+
+def test_a_story_is_read_back_from_its_question_and_judges_any_scratchpad():
+    import random
+
+    for story in stories("train", 200):
+        assert read_story(story.question) == story
+        record = to_labelled_steps(story, random.Random(story.start))
+        assert judge_steps(story, record.steps) == record.labels
+    with pytest.raises(ValueError, match="no sentence of the embedded task"):
+        read_story("On Monday Mia has 7 coins. She eats 2. How many coins does she have?")
+
+
+def test_another_verb_beside_the_right_numbers_is_right_and_so_is_the_right_answer_alone():
+    story = read_story("On Monday Mia has 7 coins. On Tuesday she finds 5. On Wednesday she halves them. How many?")
+    right = ["On Tuesday she buys 5: 7 + 5 = 12", "On Wednesday she halves them: 12 / 2 = 6", "\\boxed{6}"]
+    assert judge_steps(story, right) == [True] * 3
+    assert judge_steps(story, right[2:]) == [True]
+    assert judge_steps(story, right[1:]) == [False, False]
+    assert judge_steps(story, [*right[:2], "\\boxed{7}", "\\boxed{6}"]) == [True, True, False, False]
 
 
 def test_demonstrations_problems_and_pairs_are_different_problems():

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_labels_that_are_no_booleans_are_refused_rather_than_cast(labels):
 @pytest.mark.parametrize("targets", [[-100.0], [True], [1], [1.5], [float("nan")]])
 def test_a_target_that_is_no_probability_is_refused(targets):
     with pytest.raises(ValueError, match=r"targets must be probabilities in \[0, 1\]"):
-        StepExample(input_ids=[5, 6], ends=[1], targets=targets)
+        StepExample(input_ids=[5, 6], start=1, ends=[1], targets=targets)
 
 
 def test_soft_targets_need_values():
@@ -107,7 +108,7 @@ def test_values_are_one_probability_a_step(values, message):
 def test_the_two_tokens_belong_to_the_head_that_writes_them():
     with pytest.raises(ValueError, match="head is next_token and right_token is not set; give both tokens"):
         load_config(RECIPE, ["head=next_token", "wrong_token='-'"])
-    with pytest.raises(ValueError, match="head is classification and wrong_token is '-', which nothing would read"):
+    with pytest.raises(ValueError, match="head is likelihood and wrong_token is '-', which nothing would read"):
         load_config(RECIPE, ["wrong_token='-'"])
 
 
@@ -116,34 +117,48 @@ def test_the_two_tokens_belong_to_the_head_that_writes_them():
 
 def heads(folder):
     torch.manual_seed(0)
-    classifier = AutoModelForTokenClassification.from_pretrained(folder, num_labels=1)
-    return {None: classifier.eval(), (9, 11): AutoModelForCausalLM.from_pretrained(folder).eval()}
+    classifier = AutoModelForTokenClassification.from_pretrained(folder, num_labels=1).eval()
+    speaker = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return {"classification": classifier, "next_token": speaker, "likelihood": speaker}
 
 
-@pytest.mark.parametrize("tokens", [None, (9, 11)])
-def test_a_logit_is_read_at_the_end_of_each_step_whatever_shares_the_batch(model_folder, tokens):
-    model = heads(model_folder)[tokens]
+@pytest.mark.parametrize("head", ["classification", "next_token", "likelihood"])
+def test_a_logit_is_read_at_the_end_of_each_step_whatever_shares_the_batch(model_folder, head):
+    model = heads(model_folder)[head]
     rows = [
-        {"input_ids": [20, 21, 22, 23], "ends": [1, 3], "targets": [1.0, 0.0]},
-        {"input_ids": [30, 31], "ends": [0], "targets": [1.0]},
+        {"input_ids": [20, 21, 22, 23, 24], "start": 1, "ends": [1, 3], "targets": [1.0, 0.0]},
+        {"input_ids": [30, 31, 32], "start": 1, "ends": [2], "targets": [1.0]},
     ]
     batch = StepCollator(0)(rows)
-    assert batch["labels"].tolist() == [[-100, 1, -100, 0], [1, -100, -100, -100]]
-    at = batch["labels"] != -100
+    labels = batch.pop("labels")
+    assert labels.tolist() == [[-100, 1, -100, 0, -100], [-100, -100, 1, -100, -100]]
     with torch.no_grad():
-        together = step_logits(model, batch["input_ids"], batch["attention_mask"], at, tokens=tokens)
-        alone = []
+        together = step_logits(model, **batch, at=labels != -100, head=head, tokens=(9, 11))
+        expected = []
         for row in rows:
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, row["ends"]]
-            # the odds of two tokens: log p(9) - log p(11)
-            alone.append(
-                logits[:, 0] if tokens is None else logits.log_softmax(-1)[:, 9] - logits.log_softmax(-1)[:, 11]
-            )
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+            logits = model(torch.tensor([row["input_ids"]])).logits[0]
+            begin = row["start"]
+            for end in row["ends"]:
+                said = logits.log_softmax(-1)
+                if head == "classification":
+                    expected.append(logits[end, 0])
+                elif head == "next_token":  # the odds of two tokens: log p(9) - log p(11)
+                    expected.append(said[end, 9] - said[end, 11])
+                else:  # the odds that the step's tokens, each predicted by the one before it, would be written
+                    p = torch.stack([said[t - 1, row["input_ids"][t]] for t in range(begin, end + 1)]).sum().exp()
+                    expected.append((p / (1 - p)).log())
+                begin = end + 1
+    torch.testing.assert_close(together, torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 def config(folder, output, *overrides):
-    base = [f"output_dir={output}", f"model.path={folder}", "training.log_every=1", "optimizer.warmup_steps=0"]
+    base = [
+        f"output_dir={output}",
+        f"model.path={folder}",
+        "training.log_every=1",
+        "optimizer.warmup_steps=0",
+        "head=classification",
+    ]
     return load_config(RECIPE, [*base, *overrides])
 
 
@@ -154,10 +169,10 @@ def lines(folder):
 def test_the_loss_is_the_mean_over_labelled_steps_however_a_step_is_cut(model_folder, tokenizer, tmp_path):
     # 1, 2, 3 and 1 labelled steps: a mean of the micro-batches' means would be another number
     examples = [
-        StepExample(input_ids=list(range(20 + n, 30 + n)), ends=list(range(2, 2 + n)), targets=[0.25 * n] * n)
+        StepExample(input_ids=list(range(20 + n, 30 + n)), start=2, ends=list(range(2, 2 + n)), targets=[0.25 * n] * n)
         for n in (1, 2, 3, 1)
     ]
-    heldout = [Solution(input_ids=[5, 6], ends=[1], first_error=i % 2 - 1) for i in range(40)]
+    heldout = [Solution(input_ids=[5, 6], start=1, ends=[1], first_error=i % 2 - 1) for i in range(40)]
     rows = {}
     for size in (4, 2, 1):
         output = tmp_path / str(size)
@@ -216,6 +231,7 @@ def trained(stage):
     return {
         "classification": stage("classification", "training.num_steps=50"),
         "next_token": stage("next_token", "training.num_steps=80", *NEXT_TOKEN),
+        "likelihood": stage("likelihood", "training.num_steps=80", "head=likelihood"),
     }
 
 
@@ -223,8 +239,8 @@ def encoded(model, renderer, records):
     return [model.encode(renderer.prompt_ids(r.question), r.steps) for r in records]
 
 
-@pytest.mark.parametrize("head", ["classification", "next_token"])
-def test_either_head_finds_the_first_wrong_step_and_keeps_it_through_the_file(trained, renderer, head):
+@pytest.mark.parametrize("head", ["classification", "next_token", "likelihood"])
+def test_every_head_finds_the_first_wrong_step_and_keeps_it_through_the_file(trained, renderer, head):
     figures = json.loads((trained[head] / "run.json").read_text())
     assert figures["f1"]["mean"] > 0.9
     model = ProcessModel.load(str(trained[head]), device="cpu")
@@ -238,7 +254,10 @@ def test_either_head_finds_the_first_wrong_step_and_keeps_it_through_the_file(tr
 def test_probabilities_do_not_depend_on_what_shares_the_batch(trained, renderer):
     model = ProcessModel.load(str(trained["next_token"]), device="cpu")
     solutions = encoded(model, renderer, [*RECORDS[:4], record(7, wrong_at=1)])
-    solutions[2] = Solution(input_ids=solutions[2].input_ids[:-3], ends=solutions[2].ends[:-1])
+    shorter = replace(
+        solutions[2], input_ids=solutions[2].input_ids[: solutions[2].ends[1] + 1], ends=solutions[2].ends[:2]
+    )
+    solutions[2] = shorter
     together = model.probabilities(solutions, tokens_per_batch=10_000)
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
         alone = model.probabilities([solutions[i] for i in order], tokens_per_batch=1)
@@ -272,7 +291,7 @@ def test_a_rollout_earns_the_probability_of_each_step_where_the_step_ends(traine
 
 
 def test_what_follows_the_first_error_is_not_trained_on():
-    solution = Solution(input_ids=list(range(10)), ends=[3, 6, 9], first_error=1)
+    solution = Solution(input_ids=list(range(10)), start=2, ends=[3, 6, 9], first_error=1)
     example = example_of(solution, targets_of([True, False, False], [], soft=False))
     assert (example.ends, example.targets) == ([3, 6], [1.0, 0.0])
 
@@ -366,5 +385,5 @@ def test_held_out_solutions_of_one_kind_stop_before_the_model_is_loaded(tokenize
             config("nowhere", tmp_path),
             tokenizer,
             examples=[],
-            heldout=[Solution(input_ids=[1], ends=[0], first_error=0)],
+            heldout=[Solution(input_ids=[1, 2], start=1, ends=[1], first_error=0)],
         )

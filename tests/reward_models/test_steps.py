@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.stories import generate_stories, write_steps
+from data.stories import generate_stories, judge_steps, write_steps
 from reward_models.steps import Step, decode_pieces, encode_steps, find_steps, split_steps
 
 COMPLETION = "<think>\n1 + 2 = 3\n3 * 2 = 6\n</think>\n\\boxed{6}"
@@ -17,19 +17,18 @@ COMPLETION = "<think>\n1 + 2 = 3\n3 * 2 = 6\n</think>\n\\boxed{6}"
 @pytest.mark.parametrize(
     ("text", "separator", "steps"),
     [
-        (COMPLETION, "\n", ["1 + 2 = 3", "3 * 2 = 6", "\\boxed{6}"]),
-        (COMPLETION, "\n\n", ["1 + 2 = 3\n3 * 2 = 6\n</think>\n\\boxed{6}"]),
-        ("<think>\n</think>\n\\boxed{6}", "\n", ["\\boxed{6}"]),
-        ("<think> a </think> \n\n\n b", "\n", ["a", "b"]),
+        (COMPLETION, "\n", ["<think>\n1 + 2 = 3", "3 * 2 = 6", "</think>\n\\boxed{6}"]),
+        (COMPLETION, "\n\n", [COMPLETION]),
+        ("<think>\n</think>\n\\boxed{6}", "\n", ["<think>\n</think>\n\\boxed{6}"]),
+        ("<think> a </think> \n\n\n b", "\n", ["<think> a </think>", "b"]),
         ("a\n\nb\nc\n\n", "\n\n", ["a", "b\nc"]),
-        ("k</think>k", "\n", ["k</think>k"]),
-        ("<think>k</think>", "\n", ["k"]),
         ("1 ки\n2 ки", "ки", ["1", "2"]),
+        ("a\n</think>\n", "\n", ["a"]),
         ("<think>\n\n</think>", "\n", []),
         ("", "\n", []),
     ],
 )
-def test_blank_pieces_and_bare_think_tags_are_no_steps_and_the_answer_is_one(text, separator, steps):
+def test_blank_pieces_and_bare_think_tags_belong_to_the_next_step_and_the_answer_is_one(text, separator, steps):
     assert [step for step, _ in split_steps(text, separator)] == steps
 
 
@@ -43,17 +42,39 @@ def test_every_character_that_means_something_is_in_one_step_which_ends_where_it
     assert [end for _, end in found] == sorted({end for _, end in found})
 
     def bare(said):
-        return re.sub(r"\s|</?think>", "", said)
+        return re.sub(r"\s|</?think>", "", said.replace(separator, ""))
 
-    assert bare("".join(step for step, _ in found)) == bare(text.replace(separator, "\n"))
+    assert bare("".join(step for step, _ in found)) == bare(text)
+
+
+@given(st.lists(st.sampled_from(["a", "b c", "<think>", "</think>"]), min_size=1, max_size=8))
+def test_steps_with_the_separator_between_them_are_what_the_policy_wrote(lines):
+    steps = [step for step, _ in split_steps("\n".join([*lines, "end"]), "\n")]
+    assert "\n".join(steps) == "\n".join([*lines, "end"])
 
 
 def test_a_story_is_cut_into_the_steps_it_was_written_from(renderer):
     for story in [next(generate_stories("train", seed=s, min_level=2, max_level=5)) for s in range(5)]:
-        steps = write_steps(story.events, story.values)
-        text = "<think>\n" + "\n".join(steps) + f"\n</think>\n\\boxed{{{story.answer}}}"
+        first, *steps = write_steps(story.events, story.values)
+        text = "\n".join(["<think>", first, *steps, "</think>", f"\\boxed{{{story.answer}}}"])
         found = find_steps(renderer.response_ids(text), text, renderer.tokenizer, "\n")
-        assert [step.text for step in found] == [*steps, f"\\boxed{{{story.answer}}}"]
+        assert [step.text for step in found] == [
+            f"<think>\n{first}", *steps, f"</think>\n\\boxed{{{story.answer}}}",
+        ]  # fmt: skip
+        assert judge_steps(story, [step.text for step in found]) == [True] * len(found)
+
+
+def test_a_record_reads_as_a_completion_does(renderer):
+    text = "<think>\n1 + 2 = 3\n3 * 2 = 6"
+    prompt = renderer.prompt_ids("How many?")
+    live = [step for step, _ in split_steps(text, "\n")]
+    recorded = ["1 + 2 = 3", "3 * 2 = 6"]
+    read = [
+        encode_steps(prompt, steps, renderer.tokenizer, separator="\n", opening="<think>\n")
+        for steps in (live, recorded)
+    ]
+    assert read[0] == read[1]
+    assert read[0][0] == prompt + renderer.tokenizer.encode(text + "\n", add_special_tokens=False)
 
 
 def test_a_position_is_the_token_that_holds_the_steps_last_character_and_not_the_stop_token(renderer):
@@ -108,9 +129,11 @@ def test_half_a_character_at_the_end_is_no_step(merging):
 
 
 def test_a_step_reads_the_same_at_the_end_of_a_solution_and_inside_one(merging):
-    alone, ends = encode_steps([7], ["13"], merging, "\n")
-    followed, both = encode_steps([7], ["13", "42"], merging, "\n")
+    alone, ends = encode_steps([7], ["13"], merging, separator="\n")
+    followed, both = encode_steps([7], ["13", "42"], merging, separator="\n")
     assert followed[: len(alone)] == alone
+    opened, later = encode_steps([7], ["13"], merging, separator="\n", opening="5")
+    assert (merging.decode(opened[1:]), later) == ("513\n", [3])
     assert (ends, both[:1]) == ([2], [2])
     assert merging.decode(followed[1:]) == "13\n42\n"
     assert merging.convert_ids_to_tokens(followed)[both[0]] == "3Ċ"  # and no token lies in two steps
