@@ -4,7 +4,7 @@ from data.chat import ChatRenderer
 from data.records import LabelledSteps, read_records
 from reward_models.process import Solution, example_of, targets_of, train
 from reward_models.processbench import first_wrong
-from reward_models.steps import encode_steps
+from reward_models.steps import encode_steps, split_steps
 from rlhf.config import ProcessRewardModel
 from rlhf.models import check_model_path, load_tokenizer
 from rlhf.run import Run, run_stage, say
@@ -40,7 +40,7 @@ def train_process_reward_model(config: ProcessRewardModel, run: Run) -> None:
         )
         if not kept[name]:
             raise ValueError(f"all {name} solutions are longer than max_tokens {config.max_tokens}; raise it")
-    cut = sum(any(config.separator in step for step in record.steps) for record in records["train"])
+    cut = sum(any(len(split_steps(step, config.separator)) > 1 for step in r.steps) for r in records["train"])
     if cut:
         say(
             f"warning: {cut:,} of {len(records['train']):,} train solutions have a step with the separator {config.separator!r} in it, where a live "

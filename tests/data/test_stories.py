@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 
@@ -61,7 +61,8 @@ def test_a_rejected_response_is_wrong_from_its_error_step_on_and_right_before():
 def test_every_other_scratchpad_is_right_and_the_labels_of_the_others_turn_false_and_stay_false():
     import random
 
-    drawn = [to_labelled_steps(story, random.Random(0)) for story in stories("train", 200)]
+    rng = random.Random(0)
+    drawn = [to_labelled_steps(story, rng) for story in stories("train", 200)]
     assert all(r.labels == sorted(r.labels, reverse=True) for r in drawn)
     assert 60 < sum(all(r.labels) for r in drawn) < 140
 
@@ -69,10 +70,13 @@ def test_every_other_scratchpad_is_right_and_the_labels_of_the_others_turn_false
 def test_a_story_is_read_back_from_its_question_and_judges_any_scratchpad():
     import random
 
+    rng = random.Random(0)
     for story in stories("train", 200):
         assert read_story(story.question) == story
-        record = to_labelled_steps(story, random.Random(story.start))
-        assert judge_steps(story, record.steps) == record.labels
+        record = to_labelled_steps(story, rng)
+        sums = [(event.operator, event.operand) for event in story.events]
+        if all(a != b for a, b in pairwise(sums)):  # of two equal events it cannot be told which was left out
+            assert judge_steps(story, record.steps) == record.labels
     with pytest.raises(ValueError, match="no sentence of the embedded task"):
         read_story("On Monday Mia has 7 coins. She eats 2. How many coins does she have?")
 

@@ -231,7 +231,7 @@ def trained(stage):
     return {
         "classification": stage("classification", "training.num_steps=50"),
         "next_token": stage("next_token", "training.num_steps=80", *NEXT_TOKEN),
-        "likelihood": stage("likelihood", "training.num_steps=80", "head=likelihood"),
+        "likelihood": stage("likelihood", "training.num_steps=60", "head=likelihood"),
     }
 
 
