@@ -11,7 +11,16 @@ from typing import Any
 
 import yaml
 
-from rlhf.config import Config, Evaluate, Online, Pipeline, RewardModel, batch_arithmetic, load_config
+from rlhf.config import (
+    Config,
+    Evaluate,
+    Online,
+    Pipeline,
+    ProcessRewardModel,
+    RewardModel,
+    batch_arithmetic,
+    load_config,
+)
 from rlhf.report import draw, headline
 from rlhf.run import DIE_WITH_PARENT, Run, check_output_dir, die_with_parent, finished, say, write_json
 
@@ -110,25 +119,38 @@ def launch(command: list[str], threads: int) -> None:
 
 def summarise(folder: Path, stages: list[Config]) -> dict[str, Any]:
     """summary.json, the picture and the headline, from what the stages left."""
-    results = {stage.stage: finished(stage) or {} for stage in stages}
+    names = [stage.stage for stage in stages]
+    results = {
+        name if names.count(name) == 1 else Path(stage.output_dir).name: finished(stage) or {}
+        for name, stage in zip(names, stages, strict=True)
+    }
     summary: dict[str, Any] = {}
-    for stage in stages:
-        done = results[stage.stage]
-        if isinstance(stage, Evaluate):
+    evaluation: dict[str, Any] | None = None
+    for stage, done in zip(stages, results.values(), strict=True):
+        if isinstance(stage, Evaluate) and stage.selection is not None:
+            chosen = {label: model["selection"] for label, model in done["models"].items()}
+            most = str(max(stage.selection.ns))
+            summary[f"best_of_{most}"] = {
+                label: {method: by_n[most] for method, by_n in of_model["accuracy"].items()}
+                for label, of_model in chosen.items()
+            }
+        elif isinstance(stage, Evaluate):
+            evaluation = done
             summary["pass_at_1"] = {label: model["pass_at_1"] for label, model in done["models"].items()}
             summary["paired_difference"] = done["paired_difference"] and {
                 k: done["paired_difference"][k] for k in ("mean", "low", "high")
             }
-        if isinstance(stage, RewardModel):
+        elif isinstance(stage, RewardModel):
             summary["reward_model_accuracy"] = done["accuracy"]
-        if isinstance(stage, Online):
+        elif isinstance(stage, ProcessRewardModel):
+            summary["process_reward_model_f1"] = done["f1"]
+        elif isinstance(stage, Online):
             summary["rollout_engine"], summary["max_kl_sampler"] = done["rollout_engine"], done["max_kl_sampler"]
     summary["seconds"] = {name: done["seconds"] for name, done in results.items()}
     summary["peak_memory_gb"] = max(done["peak_memory_gb"] for done in results.values())
     write_json(folder / "summary.json", summary)
 
     grpo = next((stage for stage in stages if isinstance(stage, Online)), None)
-    evaluation = results.get("evaluate")
     if evaluation:
         say(headline(evaluation))
     if grpo and evaluation:

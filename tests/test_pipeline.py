@@ -34,7 +34,8 @@ def run_pipeline(tmp_path, recipe, output_root, overrides):
         resolved = yaml.safe_load(loaded.stdout.replace(*moved))
         path = tmp_path / Path(stage["recipe"]).name
         path.write_text(yaml.safe_dump(resolved, sort_keys=False))
-        stage["recipe"], stage["overrides"] = str(path), overrides.get(resolved["stage"], [])
+        name = Path(stage["recipe"]).stem
+        stage["recipe"], stage["overrides"] = str(path), overrides.get(name, [])
     pipeline["output_dir"] = f"{tmp_path}/pipeline"
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
     done = subprocess.run(
@@ -72,6 +73,9 @@ def test_the_demo_in_small_goes_through_every_stage_and_twice_to_the_same_weight
         ],
         "sft": ["training.num_steps=20"],
         "reward_model": ["training.num_steps=5"],
+        "label_steps": ["num_problems=8"],
+        "process_reward_model": ["training.num_steps=3"],
+        "best_of_n": ["rollout.samples_per_prompt=2", "pass_at=[1, 2]", "selection.ns=[1, 2]"],
         "grpo": ["training.num_batches=2", "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4"],
         "evaluate": ["rollout.samples_per_prompt=4"],
     }
@@ -80,6 +84,8 @@ def test_the_demo_in_small_goes_through_every_stage_and_twice_to_the_same_weight
     first.mkdir()
     summary, printed = run_pipeline(first, "recipes/tiny/pipeline.yaml", "outputs/demo", overrides)
     check_summary(summary, 30)
+    assert set(summary["best_of_2"]["sft"]) >= {"majority", "best by outcome model", "best by process model"}
+    assert 0 <= summary["process_reward_model_f1"]["mean"] <= 1
     assert "paired difference in pass@1, grpo - sft" in printed
     assert (first / "pipeline/summary.png").stat().st_size > 20_000
     for made_once in ("data", "base"):

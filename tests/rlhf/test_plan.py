@@ -285,6 +285,19 @@ def test_changes_are_combined_when_none_is_enough():
     assert make_plan(changed, shapes, machine, Sharding()).fits
 
 
+def test_a_process_models_logits_are_planned_where_its_head_needs_them():
+    def logits(*overrides):
+        plan = plan_of("recipes/tiny/process_reward_model.yaml", *overrides, gpus="H100-80GB")
+        return part(plan, "logits", "policy: forward pass")
+
+    odds = ("head=next_token", "right_token=+", "wrong_token='-'")
+    assert logits("head=classification") == 0
+    assert logits("head=likelihood") == 4 * 32 * 160 * 151936
+    # 2 rows of 160 tokens have 10 steps together, at each of which both rows are computed
+    assert logits(*odds, "training.micro_batch_size=2") == 4 * 20 * 151936
+    assert logits(*odds) == logits("head=likelihood")
+
+
 def test_a_stage_that_trains_nothing_has_no_plan():
     with pytest.raises(ValueError, match="evaluate trains nothing"):
         plan_of("recipes/gsm8k/evaluate.yaml")

@@ -107,7 +107,7 @@ def test_labels_are_what_the_policy_was_taught_to_make_of_each_step(soft):
         "122": [True, False, False],
         "222": [False, False, False],
     }
-    assert found["111"].steps == ["finds 1", "finds 1", "\\boxed{1}"]
+    assert found["111"].steps == ["<think>\nfinds 1", "finds 1", "</think>\n\\boxed{1}"]
     for digits in ("111", "122"):
         assert found[digits].values[0] == pytest.approx(2 / 3, abs=0.35)  # 12 completions: 2.5 standard errors
     assert found["111"].values[1:] == [1.0, 1.0]
@@ -190,7 +190,7 @@ def test_completions_that_nobody_could_judge_are_left_out_and_counted_not_taken_
     engine = build_engine(config.rollout, policy, stop_token_id=renderer.stop_token_id, decode=renderer.decode)
     labeller = script.Labeller(config, engine, renderer, Failing())
     kept, counts = labeller.solve([renderer.prompt("a", QUESTION, "1")], 0)
-    assert [k.steps for k in kept] == [["finds 1", "finds 1", "\\boxed{1}"]]
+    assert [k.steps for k in kept] == [["<think>\nfinds 1", "finds 1", "</think>\n\\boxed{1}"]]
     records, more = labeller.label(kept, 1)
     assert records[0].values == [1.0, 1.0, 1.0]  # a third of the completions after the first step box a 2
     assert counts["undecided_solutions"] > 0
