@@ -9,6 +9,7 @@ Every run is recipes/tiny/grpo.yaml from the demo's SFT policy with other reward
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from rlhf.run import die_with_parent, faults_as_sentences, git_revision, say, wr
 RECIPE = "recipes/tiny/grpo.yaml"
 FOLDER = Path("outputs/process_rewards")
 JSON = Path("docs/benchmarks/process_rewards.json")
-COMPLETIONS = 512
+COMPLETIONS = 256
 """Whose mean accuracy must reach the threshold, and not fall below it again."""
 VARIANTS = {"outcome": "", "sum": "algorithm.step_credit=sum", "min": "algorithm.step_credit=min"}
 """What a token is responsible for; `outcome` has no process rewards."""
@@ -99,7 +100,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         lines.append(f"| {r['label']} | {r['seed']} | {shown} | {last:.3f} |")
         tokens.setdefault(r["label"], []).append(when["sampled_tokens"] if when else float("inf"))
     lines += ["", f"| run | mean sampled tokens to {THRESHOLD} | seeds |", "|---|---|---|"]
-    lines += [f"| {label} | {statistics.fmean(of):,.0f} | {len(of)} |" for label, of in tokens.items()]
+    for label, of in tokens.items():
+        mean = statistics.fmean(of)
+        lines.append(
+            f"| {label} | {f'{mean:,.0f}' if math.isfinite(mean) else 'not every seed got there'} | {len(of)} |"
+        )
     return "\n".join(lines)
 
 

@@ -114,7 +114,7 @@ def test_each_rank_gets_the_advantages_of_its_own_rollouts(make_trainer):
     scores = [wrong(float(i), (i % 10, float(i))) for i in range(len(rollouts))]
     whole = estimate(rollouts, scores, trainer.config)
     half = len(rollouts) // 2
-    everyone = list(zip(scores, [0.0] * len(scores), strict=True))
+    everyone = [(score, 0.0, len(rollout.token_ids)) for score, rollout in zip(scores, rollouts, strict=True)]
     second = estimate(rollouts[half:], scores[half:], trainer.config, ranks=Ranks(lambda _: everyone, 1))
     for a, b in zip(second.advantages, whole.advantages[half:], strict=True):
         assert torch.equal(a, b)

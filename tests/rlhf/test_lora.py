@@ -284,6 +284,7 @@ def test_a_reward_model_trained_with_adapters_loads_with_its_head(renderer, demo
     overrides = [
         f"output_dir={tmp_path}", f"model.path={model_folder}", "model.lora={rank: 4, alpha: 8}", "training.num_steps=20",
         "training.sequences_per_step=8", "training.micro_batch_size=8", "training.log_every=10", "optimizer.learning_rate=0.01",
+        "head=classification",
     ]  # fmt: skip
     config = load_config(RECIPES / "reward_model.yaml", overrides)
     statistics = train_reward_model(config, train_pairs=pairs[:32], heldout_pairs=pairs[32:])
