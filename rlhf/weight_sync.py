@@ -109,7 +109,7 @@ class WeightSync:
             level=current.mean().item(),
         )
         kept_old = freshness.stale_error < freshness.moved / 4 and freshness.error > freshness.moved / 2
-        if freshness.error > self._tolerance or kept_old:
+        if not freshness.error <= self._tolerance or kept_old:  # weights that are not numbers give no number
             raise RuntimeError(
                 f"stale rollout weights: after the push of policy version {self._engine.policy_version} the {self._engine.name} engine's log-probabilities "
                 f"are {freshness.error:.2g} nats per token from the trainer's and {freshness.stale_error:.2g} from those before the push "

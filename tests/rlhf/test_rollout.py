@@ -1,5 +1,7 @@
 """Both engines, for real: what comes back, that weights arrive, and that a fault on the way is noticed."""
 
+import math
+
 import pytest
 import torch
 
@@ -185,6 +187,23 @@ def test_an_engine_that_loses_one_tensor_is_caught(engine, policy, probes, monke
         ),
     )
     with pytest.raises((RuntimeError, ValueError)):
+        sync.push(policy_version=1)
+
+
+def test_an_engine_whose_weights_are_not_numbers_is_caught(engine, policy, probes, monkeypatch):
+    """As those of memory that a lost tensor never filled may be; no comparison with a bound is true of them."""
+    sync = WeightSync(engine, policy, probes, tolerance=1e-3)
+    whole = type(engine).load_weights
+    monkeypatch.setattr(
+        type(engine),
+        "load_weights",
+        lambda self, named, *, policy_version: whole(
+            self,
+            [(n, t * math.nan if "layers.1.mlp.down" in n else t) for n, t in named],
+            policy_version=policy_version,
+        ),
+    )
+    with pytest.raises(RuntimeError, match="are nan nats per token from the trainer's"):
         sync.push(policy_version=1)
 
 
