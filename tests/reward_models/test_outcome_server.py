@@ -78,7 +78,7 @@ def test_what_is_no_score_is_none_and_never_a_number(folder, fault, capsys):
         return fault(body) if [1, 2] in body["input"] else answer(body)
 
     with serving(script) as server:
-        found = model(server.url, folder, timeout_seconds=0.3).raw_scores([[1, 2], [5, 6], [7, 8], [9, 1]])
+        found = model(server.url, folder, timeout_seconds=1.0).raw_scores([[1, 2], [5, 6], [7, 8], [9, 1]])
     assert found == [None, None, 15.0, 10.0]
     assert "rewards.rm: 2 of 4 completions without a score" in capsys.readouterr().out
 

@@ -34,25 +34,25 @@ def post(url, bodies=({"n": 1},), **changes):
         Reply([1]),
         Reply({"n": 1}, cut=True),
         Reply({"n": 1}, delay=10.0),
-        Reply({"n": 1}, drip=0.1),
+        Reply({"n": 1}, drip=0.3),
     ],
     ids=["500", "503", "429", "half_json", "a_list", "cut", "10_s", "drip"],
 )
 def test_a_fault_that_passes_costs_a_retry_and_nothing_else(fault):
     with serving(lambda body, attempt: fault if attempt < 2 else {"n": body["n"] + 1}) as server:
         started = time.monotonic()
-        asked = client(server.url, timeout_seconds=0.3)
+        asked = client(server.url, timeout_seconds=1.0)
         assert asked.post("ask", [{"n": 1}]) == [{"n": 2}]
         assert asked.num_retried == 2
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 8.0
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
         (Reply({"e": "no \x1b[2J"}, status=500), "HTTP 500"),
-        (Reply({}, delay=10.0), "no whole answer in timeout_seconds 0.2"),
-        (Reply({"n": 100_000}, drip=0.1), "no whole answer in timeout_seconds 0.2"),
+        (Reply({}, delay=10.0), "no whole answer in timeout_seconds 1"),
+        (Reply({"n": 100_000}, drip=0.3), "no whole answer in timeout_seconds 1"),
         (Reply(b'{"n": '), "HTTP 200 without JSON"),
         (Reply([1]), "HTTP 200 with a JSON list"),
         (Reply({"n": 1}, cut=True), "Error"),
@@ -60,7 +60,7 @@ def test_a_fault_that_passes_costs_a_retry_and_nothing_else(fault):
 )
 def test_a_fault_that_stays_is_a_reason_after_as_many_attempts_as_the_recipe_says(fault, reason):
     with serving(lambda body, attempt: fault) as server:
-        (answer,) = post(server.url, attempts=3, timeout_seconds=0.2)
+        (answer,) = post(server.url, attempts=3, timeout_seconds=1.0)
         assert isinstance(answer, Unanswered)
         assert reason in answer.reason
         assert "\x1b" not in answer.reason
@@ -83,7 +83,7 @@ def test_a_server_that_is_gone_is_found_out_once_and_not_for_every_request():
     started = time.monotonic()
     answers = post(url, [{"n": n} for n in range(500)], attempts=4, concurrency=4)
     assert all(isinstance(a, Unanswered) and "Connect" in a.reason for a in answers)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 20.0  # asking for each of them takes minutes
 
 
 def test_one_request_that_the_server_never_answers_does_not_make_it_count_as_gone():
@@ -105,7 +105,7 @@ def test_what_a_server_asks_for_in_retry_after_is_waited_for():
     with serving(script) as server:
         assert post(server.url) == [{}]
         first, second = server.times
-        assert 0.6 <= second - first < 1.5
+        assert 0.6 <= second - first < 10.0
 
 
 def test_retry_after_is_seconds_or_a_date_and_has_a_bound():
