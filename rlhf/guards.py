@@ -68,7 +68,8 @@ def require_experts(rollouts: Sequence[Rollout]) -> None:
 
 def require_one_policy(levels: Sequence[float]) -> None:
     """Every rank's mean log-probability of the same tokens must be the same."""
-    if not max(levels) - min(levels) <= 1e-5:
+    of_ranks = torch.tensor(levels, dtype=torch.float64)  # its extremes are nan when one of them is, Python's are not
+    if not (of_ranks.max() - of_ranks.min()).item() <= 1e-5:
         raise RuntimeError(
             f"the ranks hold different policies: the mean log-probability of the same tokens is {min(levels):.6f} on one and {max(levels):.6f} on "
             "another after the same steps, so gradients were not shared; check the accelerate configuration against recipes/accelerate/"

@@ -425,6 +425,27 @@ def finish(
             file.unlink()  # they are in samples.<label>.jsonl now
 
 
+def require_reward_models(selection: Selection) -> None:
+    """Raise before anything is sampled when what is to choose is no reward model.
+
+    Raises:
+        ValueError: naming the key and the script that trains one.
+    """
+    from reward_models.outcome import STATISTICS
+    from reward_models.process import DESCRIPTION
+    from rlhf.models import check_model_path
+
+    for key, path, beside, script in (
+        ("outcome_model", selection.outcome_model, STATISTICS, "train_reward_model"),
+        ("process_model", selection.process_model, DESCRIPTION, "train_process_reward_model"),
+    ):
+        if path is None:
+            continue
+        check_model_path(path, f"selection.{key}")
+        if not (Path(path) / beside).is_file():
+            raise ValueError(f"selection.{key} is {path}, which has no {beside}; train it with scripts/{script}.py")
+
+
 def evaluate(config: Evaluate, run: Run) -> None:
     from rlhf.distributed import start
     from rlhf.models import check_model_path
@@ -434,10 +455,8 @@ def evaluate(config: Evaluate, run: Run) -> None:
     for label, model in config.models.items():
         if model.server is None:
             check_model_path(model.path, f"models.{label}.path")
-    for key in ("outcome_model", "process_model") if config.selection is not None else ():
-        path = getattr(config.selection, key)
-        if path is not None:
-            check_model_path(path, f"selection.{key}")
+    if config.selection is not None:
+        require_reward_models(config.selection)
     accelerator = start(config.seed)
     graded: dict[str, list[GradedProblem]] = {}
     cards: dict[str, Card] = {}

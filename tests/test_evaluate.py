@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from data.benchmarks import read_problems
-from rlhf.config import load_config
+from rlhf.config import Selection, load_config
 from rlhf.evaluation_files import read_samples
 from rlhf.run import open_run
 
@@ -307,6 +307,9 @@ def judge(folder, model_folder, tokenizer):
 def test_samples_are_chosen_by_vote_and_by_a_reward_model_and_chosen_anew_without_sampling(
     script, folder, model_folder, judge, capsys, monkeypatch
 ):
+    for key in ("outcome_model", "process_model"):
+        with pytest.raises(ValueError, match=rf"selection.{key} is .*train_(process_)?reward_model"):
+            script.require_reward_models(Selection(ns=(1,), **{key: model_folder}))
     selection = {"ns": [1, 2], "outcome_model": str(judge)}
     out = run(script, recipe(folder, "chosen", model_folder, selection=selection))
     printed = capsys.readouterr().out

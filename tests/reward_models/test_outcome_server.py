@@ -1,6 +1,7 @@
 """A reward model behind a server that fails, or answers for something else than it was asked."""
 
 import json
+from pathlib import Path
 
 import pytest
 from scripted_server import Reply, free_url, serving
@@ -104,6 +105,12 @@ def test_a_server_that_is_not_there_or_holds_no_reward_model_is_named_before_tra
 def test_without_its_statistics_a_served_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"rewards.rm.path is .*has no reward_statistics.json; copy it there"):
         model("http://h", str(tmp_path))
+
+
+def test_a_likelihood_is_not_asked_of_a_server_that_gives_classifications(folder):
+    (Path(folder) / STATISTICS).write_text(json.dumps({"mean": 10.0, "std": 4.0, "head": "likelihood"}))
+    with pytest.raises(ValueError, match="head likelihood, which vLLM does not serve; leave out rewards.rm.url"):
+        model("http://h", folder)
 
 
 def test_a_url_decides_where_the_model_is():

@@ -192,6 +192,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(make_traine
 def test_ranks_that_drift_apart_stop_the_run():
     with pytest.raises(RuntimeError, match="different policies"):
         require_one_policy([-2.0, -2.0 + 1e-3])
+    for levels in ([float("nan"), -2.0], [-2.0, float("nan")]):
+        with pytest.raises(RuntimeError, match="different policies"):
+            require_one_policy(levels)
     require_one_policy([-2.0, -2.0 + 1e-6])
 
 
