@@ -47,7 +47,14 @@ def _rows(split: str, *, path: str | None, revision: str) -> Iterator[tuple[str,
     if path is None:
         from datasets import load_dataset
 
-        for number, row in enumerate(load_dataset("openai/gsm8k", "main", split=split, revision=revision), 1):
+        try:
+            rows = load_dataset("openai/gsm8k", "main", split=split, revision=revision)
+        except OSError as error:  # the hub's and the network's
+            raise ValueError(
+                f"openai/gsm8k at {revision} could not be downloaded ({type(error).__name__}); set source.path to a folder with GSM8K's train.jsonl and "
+                "test.jsonl, which https://github.com/openai/grade-school-math has"
+            ) from None
+        for number, row in enumerate(rows, 1):
             yield f"openai/gsm8k {split} row {number}", row
         return
     file = Path(path) / f"{split}.jsonl"

@@ -1,5 +1,8 @@
 import json
+import os
 import random
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -77,3 +80,10 @@ def test_the_real_files_are_read_whole_and_every_pair_prefers_the_right_answer()
     for pair in p.train_pairs:
         assert grade(pair.chosen, answers[pair.id]).verdict == "correct"
         assert grade(pair.rejected, answers[pair.id]).verdict == "wrong"
+
+
+def test_without_the_hub_the_recipe_is_told_to_name_a_folder():
+    script = "from data.gsm8k import _rows; list(_rows('train', path=None, revision='main'))"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "ValueError: openai/gsm8k at main could not be downloaded (ConnectionError); set source.path" in done.stderr
