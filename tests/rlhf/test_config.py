@@ -119,7 +119,7 @@ def test_the_printed_recipe_loads_to_the_same_config():
 def test_printing_a_recipe_takes_under_a_second_and_no_torch():
     code = """if True:
         import sys, time
-        from rlhf.config import main
+        from rlhf.config.__main__ import main
         main(sys.argv[1:])
         assert 'torch' not in sys.modules
         print("processor seconds", time.process_time())"""  # what others do on the same cores does not count
