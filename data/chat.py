@@ -76,9 +76,10 @@ class ChatRenderer:
         text = self.prompt_text(question, history=history, system=system)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def response_ids(self, response: str) -> list[int]:
-        """Token ids of an assistant turn, its stop token included."""
-        return [*self.tokenizer.encode(response, add_special_tokens=False), self.stop_token_id]
+    def response_ids(self, response: str, *, truncated: bool = False) -> list[int]:
+        """Token ids of an assistant turn, its stop token included; one that was cut off has none."""
+        ids = self.tokenizer.encode(response, add_special_tokens=False)
+        return ids if truncated and ids else [*ids, self.stop_token_id]
 
     def demonstration_ids(self, demonstration: Demonstration) -> tuple[list[int], list[int]]:
         """(prompt, response): the loss is on the response, its stop token included, and on nothing else."""
@@ -87,9 +88,12 @@ class ChatRenderer:
         return prompt, self.response_ids(self.completion(response_of(d)))
 
     def pair_ids(self, pair: PreferencePair) -> tuple[list[int], list[int], list[int]]:
-        """(prompt, chosen, rejected), each response with its stop token."""
+        """(prompt, chosen, rejected), each response with its stop token unless a limit cut it."""
         prompt = self.prompt_ids(pair.question, history=pair.history, system=pair.system)
-        chosen, rejected = (self.response_ids(self.completion(r)) for r in (pair.chosen, pair.rejected))
+        chosen, rejected = (
+            self.response_ids(self.completion(response), truncated=finish == "length")
+            for response, finish in ((pair.chosen, pair.chosen_finish), (pair.rejected, pair.rejected_finish))
+        )
         return prompt, chosen, rejected
 
     def prompt(
@@ -102,9 +106,7 @@ class ChatRenderer:
     def rollout(self, prompt: Prompt, response: str, *, truncated: bool) -> Rollout:
         """A response of which only the text is known, as this tokenizer has it; one that was cut off has no stop token."""
         text = self.completion(response)
-        token_ids = tuple(self.response_ids(text))
-        if truncated and len(token_ids) > 1:
-            token_ids = token_ids[:-1]
+        token_ids = tuple(self.response_ids(text, truncated=truncated))
         return Rollout(
             prompt=prompt,
             token_ids=token_ids,

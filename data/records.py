@@ -84,9 +84,17 @@ class PreferencePair:
     """By how much the first is better, in the source's own unit; None where it does not say."""
     source: str = ""
     """Where the pair is from, or what kind it is of; a reward model's accuracy is told for each."""
+    chosen_finish: str = "stop"
+    """`stop` where the assistant ended its turn, `length` where a limit cut it: then no stop token belongs to it."""
+    rejected_finish: str = "stop"
+    sampler: str = ""
+    """Which policy wrote the two, its weights' checksum, seed and temperature; empty where none of ours did."""
 
     def __post_init__(self) -> None:
         _check_history(self.history)
+        for name in ("chosen_finish", "rejected_finish"):
+            if getattr(self, name) not in ("stop", "length"):
+                raise ValueError(f"field {name!r} must be stop or length, got {getattr(self, name)!r:.40}")
         if self.margin is not None and not 0 <= self.margin < math.inf:
             raise ValueError(f"field 'margin' must be a number of 0 or more, got {self.margin}")
 
