@@ -158,8 +158,10 @@ def label_steps(config: LabelSteps, run: Run) -> None:
     rollout, policy = config.rollout, config.policy
     problems = read_records(Problem, config.problems)[: config.num_problems]
     check_model_path(policy.path, "policy.path")
-    renderer = ChatRenderer(load_tokenizer(policy.path, revision=policy.revision), config.chat.system_prompt)
-    prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
+    renderer = ChatRenderer(
+        load_tokenizer(policy.path, revision=policy.revision), config.chat.system_prompt, config.chat.think
+    )
+    prompts = [renderer.problem_prompt(p) for p in problems]
     require_prompts_fit(prompts, rollout)
     chunks = Chunks.of(run, prompts, config)
     most = len(prompts) * rollout.samples_per_prompt

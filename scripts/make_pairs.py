@@ -102,6 +102,7 @@ def to_record(
         chosen_finish=chosen.finish_reason,
         rejected_finish=rejected.finish_reason,
         sampler=sampler,
+        think=problem.think,
     )
 
 

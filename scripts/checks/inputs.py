@@ -207,7 +207,7 @@ def check_text(report: Report, config: Config, records: dict[str, list[Any]], th
     )
     if loaded is None:
         return
-    renderer = ChatRenderer(loaded, config.chat.system_prompt)
+    renderer = ChatRenderer(loaded, config.chat.system_prompt, config.chat.think)
     demonstrations = records.get("demonstrations")
     if demonstrations:
         first = demonstrations[0]
@@ -268,7 +268,7 @@ def _check_online(report: Report, config: Online, renderer: ChatRenderer, record
     if "problems" in records:
 
         def longest() -> int:
-            prompts = [renderer.prompt(p.id, p.question, p.answer, p.columns) for p in records["problems"]]
+            prompts = [renderer.problem_prompt(p) for p in records["problems"]]
             require_prompts_fit(prompts, config.rollout)
             require_columns(config, prompts)
             return max(len(prompt.token_ids) for prompt in prompts)

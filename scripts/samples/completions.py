@@ -60,8 +60,10 @@ def prepare_prompts(config: Any, problems: Sequence[Problem]) -> tuple[ChatRende
 
     policy, rollout = config.policy, config.rollout
     check_model_path(policy.path, "policy.path")
-    renderer = ChatRenderer(load_tokenizer(policy.path, revision=policy.revision), config.chat.system_prompt)
-    prompts = [renderer.prompt(p.id, p.question, p.answer, p.columns) for p in problems]
+    renderer = ChatRenderer(
+        load_tokenizer(policy.path, revision=policy.revision), config.chat.system_prompt, config.chat.think
+    )
+    prompts = [renderer.problem_prompt(p) for p in problems]
     require_prompts_fit(prompts, rollout)
     num = len(prompts) * rollout.samples_per_prompt
     say(
