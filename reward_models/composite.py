@@ -25,6 +25,7 @@ from reward_models.process import ProcessModel, aggregate
 from reward_models.verifiable import Component, Value, find_rule, overlong
 from rlhf.config import (
     Applies,
+    Grader,
     JudgeReward,
     ModelReward,
     Online,
@@ -185,6 +186,28 @@ def build_reward(
     config: Online, *, prefill: str, device: str, accelerator: Accelerator | None = None
 ) -> CompositeReward:
     """The reward function of a recipe, its models loaded: whole, or sharded over the ranks of `accelerator` where the recipe says so."""
+    return build_composite(
+        config.rewards,
+        config.grader,
+        max_new_tokens=config.rollout.max_new_tokens,
+        truncated_is_wrong=config.algorithm.truncated == "wrong",
+        prefill=prefill,
+        device=device,
+        accelerator=accelerator,
+    )
+
+
+def build_composite(
+    rewards: Sequence[Reward],
+    grader: Grader,
+    *,
+    max_new_tokens: int,
+    truncated_is_wrong: bool,
+    prefill: str,
+    device: str,
+    accelerator: Accelerator | None = None,
+) -> CompositeReward:
+    """Components of a recipe as one reward function, with graders of its own."""
 
     def component(reward: Reward) -> BatchComponent | None:
         if isinstance(reward, RewardModelReward):
@@ -195,21 +218,18 @@ def build_reward(
             return ServedOutcomeModel(reward).connect().scorer()
         if isinstance(reward, JudgeReward):
             return Judge(reward.judge, key=f"rewards.{reward.name}.judge").connect().scorer(prefill=prefill)
-        return None if reward.kind == "correctness" else each(_rule(reward, config), prefill=prefill)
+        return None if reward.kind == "correctness" else each(_rule(reward, max_new_tokens), prefill=prefill)
 
     pool = GraderPool(
-        workers=config.grader.workers,
-        timeout=config.grader.timeout_seconds,
-        memory_mb=config.grader.memory_mb,
-        accept=config.grader.accept,
+        workers=grader.workers, timeout=grader.timeout_seconds, memory_mb=grader.memory_mb, accept=grader.accept
     )
-    parts = {reward.name: Part(reward, component(reward)) for reward in config.rewards}
-    return CompositeReward(parts, prefill, config.algorithm.truncated == "wrong", pool.grade_many)
+    parts = {reward.name: Part(reward, component(reward)) for reward in rewards}
+    return CompositeReward(parts, prefill, truncated_is_wrong, pool.grade_many)
 
 
-def _rule(reward: RuleReward, config: Online) -> Component:
+def _rule(reward: RuleReward, max_new_tokens: int) -> Component:
     if reward.buffer_tokens is not None:
-        return overlong(max_tokens=config.rollout.max_new_tokens, buffer_tokens=reward.buffer_tokens)
+        return overlong(max_tokens=max_new_tokens, buffer_tokens=reward.buffer_tokens)
     return find_rule(reward.kind)
 
 

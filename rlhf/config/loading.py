@@ -13,7 +13,7 @@ from rlhf.config.evaluation import Evaluate, EvaluateProcess, Judging
 from rlhf.config.models import BuildModel
 from rlhf.config.offline import SFT, ProcessRewardModel, RewardModel
 from rlhf.config.online import GRPO, PPO
-from rlhf.config.samples import LabelSteps
+from rlhf.config.samples import LabelSteps, MakePairs
 from rlhf.config.sections import Section, nearest
 
 
@@ -41,6 +41,7 @@ Config = (
     | SFT
     | RewardModel
     | LabelSteps
+    | MakePairs
     | ProcessRewardModel
     | EvaluateProcess
     | Judging

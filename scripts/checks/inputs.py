@@ -32,6 +32,7 @@ from rlhf.config import (
     JudgeReward,
     Judging,
     LabelSteps,
+    MakePairs,
     ModelReward,
     Offline,
     Online,
@@ -61,7 +62,7 @@ def record_files(config: Config) -> list[tuple[str, type, str]]:
         ]
     if isinstance(config, Online):
         return [("problems", Problem, config.problems), ("demonstrations", Demonstration, config.demonstrations)]
-    if isinstance(config, LabelSteps) or (isinstance(config, Evaluate) and config.problems is not None):
+    if isinstance(config, LabelSteps | MakePairs) or (isinstance(config, Evaluate) and config.problems is not None):
         return [("problems", Problem, config.problems or "")]
     return []
 
@@ -74,8 +75,10 @@ def model_folders(config: Config) -> list[tuple[str, str]]:
         return [(f"models.{label}.path", model.path) for label, model in config.models.items() if model.server is None]
     if isinstance(config, EvaluateProcess):
         return [("model", config.model)]
-    if isinstance(config, LabelSteps):
-        return [("policy.path", config.policy.path)]
+    if isinstance(config, LabelSteps | MakePairs):
+        rewards = config.rewards if isinstance(config, MakePairs) else ()
+        models = [(f"rewards.{r.name}.path", r.path) for r in rewards if isinstance(r, ModelReward)]
+        return [("policy.path", config.policy.path), *models]
     if isinstance(config, CurateData):
         return [("difficulty.policy.path", config.difficulty.policy.path)] if config.difficulty else []
     if not isinstance(config, Online):
@@ -204,7 +207,7 @@ def check_text(report: Report, config: Config, records: dict[str, list[Any]], th
     )
     if loaded is None:
         return
-    renderer = ChatRenderer(loaded, config.chat.system_prompt)
+    renderer = ChatRenderer(loaded, config.chat.system_prompt, config.chat.think)
     demonstrations = records.get("demonstrations")
     if demonstrations:
         first = demonstrations[0]
@@ -265,7 +268,7 @@ def _check_online(report: Report, config: Online, renderer: ChatRenderer, record
     if "problems" in records:
 
         def longest() -> int:
-            prompts = [renderer.prompt(p.id, p.question, p.answer, p.columns) for p in records["problems"]]
+            prompts = [renderer.problem_prompt(p) for p in records["problems"]]
             require_prompts_fit(prompts, config.rollout)
             require_columns(config, prompts)
             return max(len(prompt.token_ids) for prompt in prompts)
