@@ -13,6 +13,7 @@ from rlhf.config.evaluation import Evaluate, EvaluateProcess, Judging
 from rlhf.config.models import BuildModel
 from rlhf.config.offline import SFT, ProcessRewardModel, RewardModel
 from rlhf.config.online import GRPO, PPO
+from rlhf.config.preference import DPO, ORPO
 from rlhf.config.samples import LabelSteps
 from rlhf.config.sections import Section, nearest
 
@@ -44,6 +45,8 @@ Config = (
     | ProcessRewardModel
     | EvaluateProcess
     | Judging
+    | ORPO
+    | DPO
     | GRPO
     | PPO
     | Evaluate
