@@ -13,6 +13,7 @@ from rlhf.config.evaluation import Evaluate, EvaluateProcess, Judging
 from rlhf.config.models import BuildModel
 from rlhf.config.offline import SFT, ProcessRewardModel, RewardModel
 from rlhf.config.online import GRPO, PPO
+from rlhf.config.preference import DPO, ORPO
 from rlhf.config.samples import LabelSteps, MakePairs
 from rlhf.config.sections import Section, nearest
 
@@ -45,6 +46,8 @@ Config = (
     | ProcessRewardModel
     | EvaluateProcess
     | Judging
+    | ORPO
+    | DPO
     | GRPO
     | PPO
     | Evaluate
