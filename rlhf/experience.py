@@ -104,7 +104,9 @@ def estimate(
     return Experience(
         list(rollouts),
         list(scores),
-        tuple(a if t else torch.zeros_like(a) for a, t in zip(advantages, trained, strict=True)),
+        tuple(
+            a * r.weight if t else torch.zeros_like(a) for a, t, r in zip(advantages, trained, rollouts, strict=True)
+        ),
         trained,
         values,
         returns,

@@ -8,6 +8,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+POOLS = ("unseen", "active", "solved", "impossible")
+"""Where a curriculum sorts problems by the pass rate that was measured."""
+PASS_RATE_BINS = 10
+
 MEANING = {
     "step": "optimizer steps taken",
     "batch": "rollout batches trained on",
@@ -49,6 +53,17 @@ MEANING = {
     "train/tokens_per_second": "completion tokens trained on per second of training and rank, once per batch whatever the passes",
     "sync/error": "nats per token between engine and trainer on the probe after the sync",
     "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong and repetition",
+    "curriculum/pass_rate": "mean pass rate of the problems sampled so far, as it was measured last",
+    "curriculum/effective": "how many problems, drawn evenly, the next choice would be as spread over",
+    "curriculum/unseen": "problems never sampled",
+    "curriculum/active": "problems that are neither solved nor impossible, as section curriculum.pools or its defaults have it",
+    "curriculum/solved": "problems at or above solved_at",
+    "curriculum/impossible": "problems at or below impossible_at",
+    **{
+        f"curriculum/{key}_{i}": f"share of {what} whose pass rate is from {i / 10} to {(i + 1) / 10}"
+        for key, what in (("rates", "the problems sampled so far"), ("chosen", "the problems sampled for this batch"))
+        for i in range(PASS_RATE_BINS)
+    },
     "seconds/rollout": "time sampling",
     "seconds/reward": "time scoring",
     "seconds/train": "time in forward, backward and optimizer",

@@ -6,6 +6,7 @@ come last. Unknown keys, wrong types and contradictions are errors that name the
 
 from rlhf.config.algorithm import *
 from rlhf.config.arithmetic import *
+from rlhf.config.curriculum import *
 from rlhf.config.data import *
 from rlhf.config.evaluation import *
 from rlhf.config.loading import *

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.algorithm import Algorithm, Critic, GroupAlgorithm, PPOAlgorithm, Reference
+from rlhf.config.curriculum import Curriculum, UniformCurriculum
 from rlhf.config.models import Policy
 from rlhf.config.rewards import ModelReward, Reward, RuleReward
 from rlhf.config.sections import Chat, Grader, Optimizer, PositiveInt, Rollout, Section, Share, nearest
@@ -158,6 +159,8 @@ class Online(Section):
     problems: str
     demonstrations: str
     """Reference solutions: before training they must earn the full reward, and after each weight push both sides score some of them."""
+    curriculum: Curriculum = UniformCurriculum()
+    """Which problems come next (docs/guides/curriculum.md)."""
     rollout: OnlineRollout
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     grader: Grader = Grader()

@@ -11,10 +11,10 @@ optimizer steps, `passes_per_batch` times (rlhf/updater.py). GRPO, PPO and their
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rlhf.ahead import Ahead
 from rlhf.checkpoint import best_whole, newest_whole, read_state, save_checkpoint, sync_to_disk
 from rlhf.completions import batch_file, completion_rows, drop_from, write_rows
 from rlhf.config import Online
+from rlhf.curriculum import Choice, Curriculum, outcomes
 from rlhf.distributed import gather, second_group
 from rlhf.experience import Experience, Ranks, describe, describe_advantages, estimate, has_signal
 from rlhf.guards import require_fresh, require_judged, require_one_policy
@@ -42,16 +43,6 @@ from rlhf.weight_sync import Freshness, Probe, WeightSync, send_weights
 
 PARTS = ("rollout", "reward", "train", "sync")
 """Of a rollout batch's time."""
-
-
-def prompt_stream(num_prompts: int, start: int, count: int, *, seed: int) -> list[int]:
-    """Prompts number `start` to `start + count` of endless epochs of fresh permutations: a function of its arguments, so a resume repeats it."""
-    places = [divmod(position, num_prompts) for position in range(start, start + count)]
-    orders = {
-        epoch: random.Random(f"{seed}-{epoch}").sample(range(num_prompts), num_prompts)
-        for epoch in {e for e, _ in places}
-    }
-    return [orders[epoch][offset] for epoch, offset in places]
 
 
 class OnlineTrainer:
@@ -92,6 +83,7 @@ class OnlineTrainer:
             config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=pad_token_id
         )
         self.first_batch = self.prompts_used = 0
+        self.curriculum = Curriculum(config.curriculum, prompts, seed=config.seed)
         self.watch = Watch.of(config)
         self.last_row: dict[str, float] = {}
         self.under_way: RolloutBuffer | None = None
@@ -276,6 +268,7 @@ class OnlineTrainer:
             "step": step,
             "batch": batch,
             "prompts_used": self.prompts_used,
+            "curriculum": self.curriculum.state(),
             "learners": training_state.schedules(learners),
             "ranks": self.accelerator.num_processes,
             "metrics": self.last_row,
@@ -310,6 +303,7 @@ class OnlineTrainer:
         training_state.restore(checkpoint, state, self.updater.learners, self.updater.followers)
         self.updater.restore(state)
         self.watch.restore(state["watch"])
+        self.curriculum.restore(state["curriculum"])
         self.first_batch, self.prompts_used, self.last_row = state["batch"], state["prompts_used"], state["metrics"]
         buffers = training_state.restore_rank(
             checkpoint,
@@ -373,14 +367,14 @@ class OnlineTrainer:
             RuntimeError: when too many completions could not be judged, those of replaced groups included.
         """
         rollout = self.config.rollout
-        rollouts, scores = self._sample_and_score(self._take(self._share), batch, 0, metrics, seconds)
+        rollouts, scores = self._sample_and_score(self._take(self._share, batch), batch, 0, metrics, seconds)
         size = rollout.samples_per_prompt
         for attempt in range(1, rollout.refill_rounds + 1):
             idle = [g for g in range(0, len(scores), size) if not has_signal(scores[g : g + size])]
-            prompts = self._take(len(idle))
+            chosen = self._take(len(idle), batch)
             if not sum(self._gather_sampling([len(idle)])):
                 break
-            fresh, judged = self._sample_and_score(prompts, batch, attempt, metrics, seconds)
+            fresh, judged = self._sample_and_score(chosen, batch, attempt, metrics, seconds)
             for g, start in enumerate(idle):
                 new = slice(g * size, (g + 1) * size)
                 if has_signal(judged[new]):
@@ -388,6 +382,7 @@ class OnlineTrainer:
                     metrics.add("rollout/refilled", total=1, count=0)
         metrics.add("rollout/refilled", total=0, count=len(scores) // size)
         metrics.add("rollout/tokens", total=0, count=1)
+        self.curriculum.describe(metrics, batch=batch)
         share = reduce_metrics(self._gather_sampling([metrics.pairs()]))["rollout/undecided"]
         require_judged(share, self.config.guards.max_undecided_share, scores)
         return rollouts, scores
@@ -401,28 +396,32 @@ class OnlineTrainer:
         """All ranks' items, where rollouts are sampled, which may be a thread beside the training."""
         return gather(self.accelerator, items, self._sampling_group)
 
-    def _take(self, count: int) -> list[Prompt]:
-        """This rank's next prompts of the stream, of which every rank takes its own."""
+    def _take(self, count: int, batch: int) -> list[Choice]:
+        """This rank's next problems, of those that all ranks take."""
         wanted = self._gather_sampling([count])
-        start = self.prompts_used + sum(wanted[: self.accelerator.process_index])
+        first, start = sum(wanted[: self.accelerator.process_index]), self.prompts_used
         self.prompts_used += sum(wanted)
-        return [self.prompts[i] for i in prompt_stream(len(self.prompts), start, count, seed=self.config.seed)]
+        return self.curriculum.choose(start, sum(wanted), batch=batch)[first : first + count]
 
     def _sample_and_score(
-        self, prompts: Sequence[Prompt], batch: int, attempt: int, metrics: Metrics, seconds: dict[str, float]
+        self, chosen: Sequence[Choice], batch: int, attempt: int, metrics: Metrics, seconds: dict[str, float]
     ) -> tuple[list[Rollout], list[Score]]:
-        if not prompts:
-            self._reward_of(batch)([])  # the other ranks may need this one in a reward model that is sharded
-            return [], []
-        started = time.perf_counter()
-        with _timed(seconds, "rollout"):
-            rollouts = self.sample(prompts, batch, attempt)
-        tokens = sum(len(r.token_ids) for r in rollouts)
-        metrics.add("rollout/tokens_per_second", total=tokens, count=time.perf_counter() - started)
-        metrics.add("rollout/tokens", total=tokens, count=0)
-        with _timed(seconds, "reward"):
+        prompts, size = [self.prompts[c.problem] for c in chosen], self.config.rollout.samples_per_prompt
+        rollouts: list[Rollout] = []
+        if prompts:
+            started = time.perf_counter()
+            with _timed(seconds, "rollout"):
+                rollouts = self.sample(prompts, batch, attempt)
+            tokens = sum(len(r.token_ids) for r in rollouts)
+            metrics.add("rollout/tokens_per_second", total=tokens, count=time.perf_counter() - started)
+            metrics.add("rollout/tokens", total=tokens, count=0)
+            rollouts = [replace(r, weight=chosen[i // size].weight) for i, r in enumerate(rollouts)]
+        with _timed(seconds, "reward"):  # without rollouts too: other ranks may need this one in a reward model that is sharded
             scores = self._reward_of(batch)(rollouts)
-        describe(rollouts, scores, metrics, group_size=self.config.rollout.samples_per_prompt)
+        describe(rollouts, scores, metrics, group_size=size)
+        if self.curriculum.measures:
+            found = outcomes([c.problem for c in chosen], scores)
+            self.curriculum.observe(self._gather_sampling(found), batch=batch)
         return rollouts, scores
 
     def _reward_of(self, batch: int) -> RewardFn:

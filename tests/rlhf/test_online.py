@@ -14,7 +14,7 @@ from rlhf.experience import estimate, sequence_advantages
 from rlhf.guards import require_one_policy
 from rlhf.metrics import Metrics, read_jsonl
 from rlhf.packing import pack_padded, pack_shared, padded_chunks, shared_chunks
-from rlhf.trainers.online import prompt_stream
+from rlhf.curriculum import prompt_stream
 from rlhf.types import Rollout, Score
 
 
