@@ -59,7 +59,7 @@ STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[
 class RecipeLoader(yaml.SafeLoader):
     """YAML in which only true and false are truth values, so that `off` is a word, and in which a key stands once."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
+    yaml_implicit_resolvers = {
         start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or start in "tTfF"]
         for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -58,10 +58,18 @@ def race_table(runs: Sequence[Mapping[str, Any]]) -> str:
         until = r["batches"][: int(when["batch"])] if when else r["batches"]
         signal = statistics.fmean(b["reward/groups_with_signal"] for b in until)
         spent = when["sampled_tokens"] if when else r["measured"][-1]["sampled_tokens"]
-        shown = f"{when['batch']} | {spent:,.0f}" if when else f"never ({r['measured'][-1]['accuracy']:.2f} at the end) | over {spent:,.0f}"
+        shown = (
+            f"{when['batch']} | {spent:,.0f}"
+            if when
+            else f"never ({r['measured'][-1]['accuracy']:.2f} at the end) | over {spent:,.0f}"
+        )
         share = f"{spent / base:.2f}" if base and when else "-"
         lines.append(f"| {r['label']} | {r['seed']} | {shown} | {share} | {signal:.0%} |")
-    lines += ["", f"| problems by | seeds | mean tokens to {THRESHOLD} | mean share of {BASELINE}'s, pair by pair |", "|---|---|---|---|"]
+    lines += [
+        "",
+        f"| problems by | seeds | mean tokens to {THRESHOLD} | mean share of {BASELINE}'s, pair by pair |",
+        "|---|---|---|---|",
+    ]
     for label in dict.fromkeys(r["label"] for r in runs):
         own = {seed: spent for (name, seed), spent in tokens.items() if name == label}
         pairs = [spent / tokens[BASELINE, s] for s, spent in own.items() if spent and tokens.get((BASELINE, s))]
