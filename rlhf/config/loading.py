@@ -13,6 +13,7 @@ from rlhf.config.evaluation import Evaluate, EvaluateProcess, Judging
 from rlhf.config.models import BuildModel
 from rlhf.config.offline import SFT, ProcessRewardModel, RewardModel
 from rlhf.config.online import GRPO, PPO
+from rlhf.config.retention import EstimateFisher, Forgetting
 from rlhf.config.samples import LabelSteps
 from rlhf.config.sections import Section, nearest
 
@@ -47,6 +48,8 @@ Config = (
     | GRPO
     | PPO
     | Evaluate
+    | EstimateFisher
+    | Forgetting
     | Pipeline
 )
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
