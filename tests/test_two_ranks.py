@@ -229,6 +229,7 @@ def models(model_folder, judge_folder, tokenizer, tmp_path_factory):
     return {
         "base": model_folder,
         "four_bits": model_folder,
+        "retained": model_folder,
         "moe": folder / "moe",
         "mixtral": folder / "mixtral",
         "judge": judge_folder,
@@ -252,6 +253,7 @@ def steps_of_one_rank(models, tmp_path_factory):
     assert {key for key in weights if key.endswith("grad_norm")} == {
         "grpo.policy/grad_norm", "entropy.policy/grad_norm", "average.policy/grad_norm", "frozen.policy/grad_norm", "ppo.policy/grad_norm",
         "ppo.critic/grad_norm", "moe.policy/grad_norm", "mixtral.policy/grad_norm", "four bits.policy/grad_norm",
+        "retained.policy/grad_norm", "ptx.policy/grad_norm",
     }  # fmt: skip
     return weights
 
@@ -260,9 +262,9 @@ def steps_of_one_rank(models, tmp_path_factory):
 @pytest.mark.parametrize(
     ("accelerate_config", "chosen"),
     [
-        ("ddp", {"base", "moe", "four_bits"}),
+        ("ddp", {"base", "moe", "four_bits", "retained"}),
         ("zero1", {"moe"}),
-        ("zero2", {"base", "four_bits"}),
+        ("zero2", {"base", "four_bits", "retained"}),
         ("pieces", {"base", "moe", "mixtral", "judge"}),
         pytest.param("zero3_offload", {"moe"}, marks=pytest.mark.long),  # builds DeepSpeed's optimizer for CPUs first
     ],

@@ -14,6 +14,7 @@ from rlhf.config.models import BuildModel
 from rlhf.config.offline import SFT, ProcessRewardModel, RewardModel
 from rlhf.config.online import GRPO, PPO
 from rlhf.config.preference import DPO, ORPO
+from rlhf.config.retention import EstimateFisher, Forgetting
 from rlhf.config.samples import LabelSteps, MakePairs
 from rlhf.config.sections import Section, nearest
 
@@ -51,6 +52,8 @@ Config = (
     | GRPO
     | PPO
     | Evaluate
+    | EstimateFisher
+    | Forgetting
     | Pipeline
 )
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}

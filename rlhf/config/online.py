@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from rlhf.config.algorithm import Algorithm, Critic, GroupAlgorithm, PPOAlgorithm, Reference
 from rlhf.config.curriculum import Curriculum, UniformCurriculum
 from rlhf.config.models import Policy
+from rlhf.config.retention import Retention, require_controls
 from rlhf.config.rewards import ModelReward, Reward, RuleReward
 from rlhf.config.sections import Chat, Grader, Optimizer, PositiveInt, Rollout, Section, Share, nearest
 from rlhf.metrics import MEANING
@@ -169,6 +170,7 @@ class Online(Section):
     optimizer: Optimizer
     guards: Guards = Guards()
     watch: Watch = Watch()
+    retention: Retention = Retention()
 
     @model_validator(mode="after")
     def _relations(self) -> Online:
@@ -263,6 +265,7 @@ class Online(Section):
             raise ValueError(
                 f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported"
             )
+        require_controls(self)
         return self
 
 
