@@ -15,3 +15,4 @@ from rlhf.config.online import *
 from rlhf.config.rewards import *
 from rlhf.config.samples import *
 from rlhf.config.sections import *
+from rlhf.config.thinking import *

@@ -15,6 +15,7 @@ from rlhf.config.offline import SFT, ProcessRewardModel, RewardModel
 from rlhf.config.online import GRPO, PPO
 from rlhf.config.samples import LabelSteps, MakePairs
 from rlhf.config.sections import Section, nearest
+from rlhf.config.thinking import EvaluateThinking
 
 
 class PipelineStage(Section):
@@ -48,6 +49,7 @@ Config = (
     | GRPO
     | PPO
     | Evaluate
+    | EvaluateThinking
     | Pipeline
 )
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
