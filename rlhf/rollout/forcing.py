@@ -75,8 +75,12 @@ def thoughts_end(token_ids: Sequence[int], close_tag: str, decode: Decode) -> in
     start = text.find(close_tag)
     if start < 0:
         return None
-    lengths = _Lengths(token_ids, decode)
-    return bisect_right(lengths, start, hi=len(token_ids) + 1) - 1
+    return _tokens_within(token_ids, start, decode)
+
+
+def _tokens_within(token_ids: Sequence[int], characters: int, decode: Decode) -> int:
+    """How many first tokens say no more than the first so many characters."""
+    return bisect_right(_Lengths(token_ids, decode), characters, hi=len(token_ids) + 1) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,14 @@ def _after_thinking(
 
 
 def _close(f: Forced, forcing: Forcing, decode: Decode) -> Forced:
+    """Its thoughts ended by force; of a tag that it had begun to write nothing is left."""
+    text, tag = decode(f.token_ids), forcing.close_tag
+    begun = next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
+    kept = (
+        max(_tokens_within(f.token_ids, len(text) - begun, decode), len(forcing.opening)) if begun else len(f.token_ids)
+    )
+    f.thinking_tokens -= len(f.token_ids) - kept
+    del f.token_ids[kept:]
     if not decode(f.token_ids).endswith("\n"):
         f.token_ids += forcing.line_break
     f.token_ids += forcing.closing
