@@ -22,9 +22,10 @@ from reward_models.judge import Judge
 from reward_models.outcome import OutcomeModel
 from reward_models.outcome_server import ServedOutcomeModel
 from reward_models.process import ProcessModel, aggregate
-from reward_models.verifiable import Component, Value, find_rule, overlong
+from reward_models.verifiable import Component, Value, cosine, find_rule, overlong, target_length
 from rlhf.config import (
     Applies,
+    CosineReward,
     Grader,
     JudgeReward,
     ModelReward,
@@ -35,6 +36,7 @@ from rlhf.config import (
     RewardModelReward,
     RewardServerReward,
     RuleReward,
+    TargetLengthReward,
     nearest,
 )
 from rlhf.distributed import loaded_whole
@@ -227,7 +229,14 @@ def build_composite(
     return CompositeReward(parts, prefill, truncated_is_wrong, pool.grade_many)
 
 
-def _rule(reward: RuleReward, max_new_tokens: int) -> Component:
+def _rule(reward: RuleReward | CosineReward | TargetLengthReward, max_new_tokens: int) -> Component:
+    if isinstance(reward, CosineReward):
+        return cosine(
+            max_tokens=max_new_tokens, at_zero=reward.at_zero, at_limit=reward.at_limit, exceeded=reward.exceeded
+        )
+    if isinstance(reward, TargetLengthReward):
+        slack = 0.5 if reward.slack is None else reward.slack
+        return target_length(tokens=reward.tokens, form=reward.form, per_token=reward.per_token, slack=slack)
     if reward.buffer_tokens is not None:
         return overlong(max_tokens=max_new_tokens, buffer_tokens=reward.buffer_tokens)
     return find_rule(reward.kind)

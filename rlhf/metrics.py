@@ -56,7 +56,6 @@ MEANING = {
     "retention/factor": "what retention.adaptive multiplies its control's coefficient with from here on",
     "retention/ptx": "mean negative log-likelihood in nats of a response token of retention.ptx.demonstrations",
     "sync/error": "nats per token between engine and trainer on the probe after the sync",
-    "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong and repetition",
     "curriculum/pass_rate": "mean pass rate of the problems sampled so far, as it was measured last",
     "curriculum/effective": "how many problems, drawn evenly, the next choice would be as spread over",
     "curriculum/unseen": "problems never sampled",
@@ -68,6 +67,7 @@ MEANING = {
         for key, what in (("rates", "the problems sampled so far"), ("chosen", "the problems sampled for this batch"))
         for i in range(PASS_RATE_BINS)
     },
+    "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong, repetition, cosine and target_length",
     "seconds/rollout": "time sampling",
     "seconds/reward": "time scoring",
     "seconds/train": "time in forward, backward and optimizer",

@@ -17,6 +17,7 @@ from rlhf.config.preference import DPO, ORPO
 from rlhf.config.retention import EstimateFisher, Forgetting
 from rlhf.config.samples import LabelSteps, MakePairs
 from rlhf.config.sections import Section, nearest
+from rlhf.config.thinking import EvaluateThinking
 
 
 class PipelineStage(Section):
@@ -54,6 +55,7 @@ Config = (
     | Evaluate
     | EstimateFisher
     | Forgetting
+    | EvaluateThinking
     | Pipeline
 )
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
