@@ -48,7 +48,7 @@ MEANING = {
     "train/tokens": "tokens a forward pass computes, padding included, mean over the batch's micro-batches",
     "train/tokens_per_second": "completion tokens trained on per second of training and rank, once per batch whatever the passes",
     "sync/error": "nats per token between engine and trainer on the probe after the sync",
-    "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong and repetition",
+    "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong, repetition, cosine and target_length",
     "seconds/rollout": "time sampling",
     "seconds/reward": "time scoring",
     "seconds/train": "time in forward, backward and optimizer",

@@ -16,3 +16,4 @@ from rlhf.config.preference import *
 from rlhf.config.rewards import *
 from rlhf.config.samples import *
 from rlhf.config.sections import *
+from rlhf.config.thinking import *

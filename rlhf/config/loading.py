@@ -14,8 +14,9 @@ from rlhf.config.models import BuildModel
 from rlhf.config.offline import SFT, ProcessRewardModel, RewardModel
 from rlhf.config.online import GRPO, PPO
 from rlhf.config.preference import DPO, ORPO
-from rlhf.config.samples import LabelSteps
+from rlhf.config.samples import LabelSteps, MakePairs
 from rlhf.config.sections import Section, nearest
+from rlhf.config.thinking import EvaluateThinking
 
 
 class PipelineStage(Section):
@@ -42,6 +43,7 @@ Config = (
     | SFT
     | RewardModel
     | LabelSteps
+    | MakePairs
     | ProcessRewardModel
     | EvaluateProcess
     | Judging
@@ -50,6 +52,7 @@ Config = (
     | GRPO
     | PPO
     | Evaluate
+    | EvaluateThinking
     | Pipeline
 )
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}

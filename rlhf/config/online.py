@@ -41,7 +41,7 @@ class Watch(Section):
     max_correctness_loss: Share = 0.1
     """That correctness may lose against its best window while the reward rises."""
     max_surface_share: Share = 0.5
-    """Of the variance behind the advantages, by components of the kinds format, length, overlong and repetition."""
+    """Of the variance behind the advantages, by components of the kinds format, length, overlong, repetition, cosine and target_length."""
     max_repetition: Share = 0.3
     """Share of the 8-grams of tokens that stood in the completion before; an alarm also needs twice that of the first window."""
     max_kl_slope: Annotated[float, Field(gt=0)] = 0.01
