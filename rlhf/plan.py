@@ -134,7 +134,7 @@ def make_plan(config: Config, shapes: Mapping[str, ModelShape], machine: Machine
         seconds = _offline_seconds(config, shapes["policy"], machine)
     else:
         raise ValueError(
-            f"the stage {config.stage} trains nothing; plan sft, reward_model, process_reward_model, grpo or ppo"
+            f"the stage {config.stage} trains nothing; plan sft, reward_model, process_reward_model, orpo, dpo, grpo or ppo"
         )
     runtime = RUNTIME_ON_CPU if machine.device.is_cpu else RUNTIME_ON_GPU
     parts.append(Part(name="runtime overhead", when=ALWAYS, size=runtime, note="assumed"))

@@ -22,7 +22,7 @@ def load_pairs(config: PreferenceTraining, run: Run) -> tuple[ChatRenderer, list
     pairs = read_records(PreferencePair, config.pairs)
     check_model_path(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
-    renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
+    renderer = ChatRenderer(tokenizer, config.chat.system_prompt, config.chat.think)
     renderer.require_round_trip(pairs[0].question, renderer.completion(pairs[0].chosen))
     kept: list[PairExample] = []
     refused: Counter[str] = Counter()

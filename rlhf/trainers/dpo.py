@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from rlhf.config import DPO
 from rlhf.distributed import gather
 from rlhf.models import load_causal_lm
+from rlhf.run import say
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 from rlhf.trainers.preference import PairExample, last_figures, load_policy, save_policy
 
@@ -69,16 +71,19 @@ class TokenPairTrainer(DPOTrainer):
         return mean * (len(inputs["input_ids"]) // 2 * parts / self._pairs)
 
 
-def train_dpo(config: DPO, tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample]) -> dict[str, float]:
-    """Train and save model and tokenizer in `output_dir`; returns the last figures of the training pairs."""
-    from datasets import Dataset
+def build_trainer(config: DPO, tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample]) -> TokenPairTrainer:
+    """The policy with its reference; with `precomputed`, the reference's log-probabilities are computed here."""
+    from datasets import Dataset, disable_progress_bars
 
-    model = load_policy(config)
+    disable_progress_bars()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for every batch of the reference's is noise among the lines
     precomputed = config.reference == "precomputed"
-    reference = None
-    if not precomputed:
+    model, reference = load_policy(config), None
+    if precomputed:
+        say(f"the reference's log-probabilities of {len(examples):,} pairs are computed first")
+    else:
         reference = load_causal_lm(config.model.path, revision=config.model.revision, dtype=config.model.dtype)
-    trainer = TokenPairTrainer(
+    return TokenPairTrainer(
         model=model,
         ref_model=reference,
         args=DPOConfig(
@@ -93,6 +98,11 @@ def train_dpo(config: DPO, tokenizer: PreTrainedTokenizerBase, examples: Sequenc
         processing_class=tokenizer,
         callbacks=[LogLines(Path(config.output_dir) / "metrics.jsonl")],
     )
+
+
+def train_dpo(config: DPO, tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample]) -> dict[str, float]:
+    """Train and save model and tokenizer in `output_dir`; returns the last figures of the training pairs."""
+    trainer = build_trainer(config, tokenizer, examples)
     run_trainer(trainer, config)
     save_policy(trainer, config, tokenizer)
     return last_figures(trainer, *FIGURES)

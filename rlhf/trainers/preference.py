@@ -188,6 +188,8 @@ def refusal(example: PairExample, *, max_tokens: int) -> str | None:
     """Why a pair cannot be trained on; None when it can."""
     if example.longest > max_tokens:
         return f"longer than max_tokens {max_tokens}"
+    if not example.chosen_ids or not example.rejected_ids:
+        return "a response without a token"
     if example.chosen_ids == example.rejected_ids:
         return "both responses are the same tokens"
     return None
@@ -216,14 +218,11 @@ def last_figures(trainer: Any, *keys: str) -> dict[str, float]:
     return {key: rows[-1][key] for key in keys} if rows else {}
 
 
-def train_orpo(
-    config: ORPO, tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample], *, pad_token_id: int
-) -> dict[str, float]:
-    """Train and save model and tokenizer in `output_dir`; returns the last figures of the training pairs."""
+def build_trainer(config: ORPO, examples: Sequence[PairExample], *, pad_token_id: int) -> ORPOTrainer:
     from datasets import Dataset
 
     model = load_policy(config)
-    trainer = ORPOTrainer(
+    return ORPOTrainer(
         model=model,
         args=TrainingArguments(**trainer_arguments(config), remove_unused_columns=False),
         train_dataset=Dataset.from_list([asdict(example) for example in examples]),
@@ -231,6 +230,13 @@ def train_orpo(
         callbacks=[LogLines(Path(config.output_dir) / "metrics.jsonl")],
         odds_ratio_weight=config.odds_ratio_weight,
     )
+
+
+def train_orpo(
+    config: ORPO, tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample], *, pad_token_id: int
+) -> dict[str, float]:
+    """Train and save model and tokenizer in `output_dir`; returns the last figures of the training pairs."""
+    trainer = build_trainer(config, examples, pad_token_id=pad_token_id)
     run_trainer(trainer, config)
     save_policy(trainer, config, tokenizer)
     return last_figures(trainer, *METRICS)

@@ -36,6 +36,7 @@ from rlhf.config import (
     ModelReward,
     Offline,
     Online,
+    PreferenceTraining,
     PrepareData,
     ProcessRewardModel,
     RewardModel,
@@ -55,6 +56,8 @@ def record_files(config: Config) -> list[tuple[str, type, str]]:
             ("train_pairs", PreferencePair, config.train_pairs),
             ("heldout_pairs", PreferencePair, config.heldout_pairs),
         ]
+    if isinstance(config, PreferenceTraining):
+        return [("pairs", PreferencePair, config.pairs)]
     if isinstance(config, ProcessRewardModel):
         return [
             ("train_steps", LabelledSteps, config.train_steps),
@@ -221,8 +224,8 @@ def check_text(report: Report, config: Config, records: dict[str, list[Any]], th
     elif demonstrations:
         lengths = [sum(map(len, renderer.demonstration_ids(d))) for d in demonstrations]
         _check_lengths(report, lengths, config.max_tokens)
-    elif "train_pairs" in records:
-        rendered = [renderer.pair_ids(pair) for pair in records["train_pairs"]]
+    elif pairs := records.get("pairs") or records.get("train_pairs"):
+        rendered = [renderer.pair_ids(pair) for pair in pairs]
         _check_lengths(report, [len(p) + max(len(c), len(r)) for p, c, r in rendered], config.max_tokens)
     elif isinstance(config, ProcessRewardModel) and "train_steps" in records:
         _check_steps(report, config, renderer, records)
