@@ -99,7 +99,9 @@ class CompositeReward:
         return "wrong" if cut else judged.verdict
 
     def _score(self, rollout: Rollout, verdict: Verdict, judged: Grade, values: Mapping[str, Value]) -> Score:
-        weights = {name: scheduled(part.options.weight, part.options.schedule, self.batch) for name, part in self.parts.items()}
+        weights = {
+            name: scheduled(part.options.weight, part.options.schedule, self.batch) for name, part in self.parts.items()
+        }
         components = {name: _total(value) for name, value in values.items() if _decided(value)}
         missing = [name for name in values if name not in components and name in self._counting(weights)]
         if verdict == "undecided" or missing:

@@ -81,12 +81,17 @@ def pass_at_k(rewards: Tensor, *, scale_by_std: bool, k: int) -> Tensor:
     num_samples = rewards.shape[1]
     _require_companions(num_samples, "pass_at_k")
     if not 1 <= k <= num_samples:
-        raise ValueError(f"pass_at_k compares {k} of G={num_samples} samples; set algorithm.pass_at to at most rollout.samples_per_prompt")
+        raise ValueError(
+            f"pass_at_k compares {k} of G={num_samples} samples; set algorithm.pass_at to at most rollout.samples_per_prompt"
+        )
     # The j-th smallest (from 0) is the largest of C(j, k - 1) subsets, and of C(j - 1, k - 2) of those that hold a certain smaller one.
     of_all = rewards.new_tensor([math.comb(j, k - 1) / math.comb(num_samples, k) for j in range(num_samples)])
     of_own = rewards.new_tensor([math.comb(j, k - 1) / math.comb(num_samples - 1, k - 1) for j in range(num_samples)])
     of_smaller = rewards.new_tensor(
-        [math.comb(j - 1, k - 2) / math.comb(num_samples - 1, k - 1) if j and k > 1 else 0.0 for j in range(num_samples)]
+        [
+            math.comb(j - 1, k - 2) / math.comb(num_samples - 1, k - 1) if j and k > 1 else 0.0
+            for j in range(num_samples)
+        ]
     )
     smallest_first, order = rewards.sort(1)
     mean = (smallest_first * of_all).sum(1, keepdim=True)

@@ -213,7 +213,9 @@ class Curriculum:
     def state(self) -> dict[str, Any]:
         """For a checkpoint: of each problem sampled so far, what was measured."""
         seen = np.flatnonzero(self._last >= 0).tolist()
-        rows = zip(seen, self._correct[seen].tolist(), self._wrong[seen].tolist(), self._last[seen].tolist(), strict=True)
+        rows = zip(
+            seen, self._correct[seen].tolist(), self._wrong[seen].tolist(), self._last[seen].tolist(), strict=True
+        )
         return {"problems": self._size, "measured": [list(row) for row in rows]}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -92,9 +92,7 @@ class Algorithm(Section):
         if self.entropy_schedule is not None and self.entropy_schedule.to < 0:
             raise ValueError(f"entropy_schedule.to is {self.entropy_schedule.to}; set it to 0 or more")
         if self.entropy_schedule is not None and self.entropy_target is not None:
-            raise ValueError(
-                "entropy_schedule and entropy_target both move entropy_coefficient; remove one of them"
-            )
+            raise ValueError("entropy_schedule and entropy_target both move entropy_coefficient; remove one of them")
         if self.kl_target is not None and self.kl_coefficient == 0:
             raise ValueError(
                 f"kl_target is {self.kl_target} but kl_coefficient, where it starts, is 0; set a coefficient or remove the target"
@@ -113,7 +111,9 @@ class Algorithm(Section):
 class GroupAlgorithm(Algorithm):
     """How the samples of a prompt are compared (the equations are in rlhf/advantages.py)."""
 
-    advantage: Literal["group_relative", "leave_one_out", "batch_normalised", "group_baseline", "pass_at_k"] = "group_relative"
+    advantage: Literal["group_relative", "leave_one_out", "batch_normalised", "group_baseline", "pass_at_k"] = (
+        "group_relative"
+    )
     """GRPO, RLOO, REINFORCE++, REINFORCE++ with baseline, and the best of k samples of a prompt in place of each one."""
     pass_at: Annotated[int, Field(ge=2)] | None = None
     """The k of `pass_at_k`: at most rollout.samples_per_prompt."""

@@ -10,7 +10,18 @@ from rlhf.config.algorithm import Algorithm, Critic, GroupAlgorithm, PPOAlgorith
 from rlhf.config.curriculum import Curriculum, Replay, UniformCurriculum
 from rlhf.config.models import Policy
 from rlhf.config.rewards import ModelReward, Reward, RuleReward
-from rlhf.config.sections import Chat, Grader, nearest, Optimizer, PositiveInt, Rollout, Schedule, scheduled, Section, Share
+from rlhf.config.sections import (
+    Chat,
+    Grader,
+    Optimizer,
+    PositiveInt,
+    Rollout,
+    Schedule,
+    Section,
+    Share,
+    nearest,
+    scheduled,
+)
 from rlhf.metrics import MEANING
 
 
@@ -49,6 +60,8 @@ class Watch(Section):
     """Nats per token and optimizer step, with a reference."""
     min_spread: Share = 0.25
     """Of the standard deviation within groups in the first window."""
+    min_distinct: Share = 0.25
+    """Of the different scratchpads of a prompt in the first window."""
     max_length_growth: Annotated[float, Field(gt=1)] = 2.0
     """Factor over the mean length in the first window."""
     ceiling: Share = 0.9

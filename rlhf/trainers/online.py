@@ -430,7 +430,9 @@ class OnlineTrainer:
             metrics.add("rollout/tokens_per_second", total=tokens, count=time.perf_counter() - started)
             metrics.add("rollout/tokens", total=tokens, count=0)
             rollouts = [replace(r, weight=chosen[i // size].weight) for i, r in enumerate(rollouts)]
-        with _timed(seconds, "reward"):  # without rollouts too: other ranks may need this one in a reward model that is sharded
+        with _timed(
+            seconds, "reward"
+        ):  # without rollouts too: other ranks may need this one in a reward model that is sharded
             scores = self._reward_of(batch)(rollouts)
         describe(rollouts, scores, metrics, group_size=size)
         if self.curriculum.measures:

@@ -1,8 +1,8 @@
 """The task mixture of scripts/benchmark_curriculum.py: stories that are too easy, too hard, or worth learning from.
 
-    easy         one event: right at once and right with a scratchpad, so no sample is better than another
-    impossible   amounts in the hundreds, which no demonstration has: always wrong
-    learnable    three to five events: right with a scratchpad, wrong without one in nine of ten
+easy         one event: right at once and right with a scratchpad, so no sample is better than another
+impossible   amounts in the hundreds, which no demonstration has: always wrong
+learnable    three to five events: right with a scratchpad, wrong without one in nine of ten
 """
 
 from __future__ import annotations

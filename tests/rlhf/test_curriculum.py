@@ -55,7 +55,9 @@ def test_the_posterior_adds_completions_to_what_the_prior_is_worth():
     assert_allclose([alpha[0], beta[0]], [4, 8])
 
 
-@pytest.mark.parametrize(("alpha", "beta", "signal"), [(1, 1, 1 / 6), (3, 1, 0.15), (5000, 5000, 0.25), (5000, 1e-9, 0.0)])
+@pytest.mark.parametrize(
+    ("alpha", "beta", "signal"), [(1, 1, 1 / 6), (3, 1, 0.15), (5000, 5000, 0.25), (5000, 1e-9, 0.0)]
+)
 def test_the_expected_signal_is_the_mean_of_p_times_one_minus_p(alpha, beta, signal):
     assert_allclose(expected_signal(array(alpha), array(beta)), [signal], atol=1e-4)  # of Beta(3, 1): 3/4 - 3/5
 

@@ -67,7 +67,16 @@ def test_a_group_that_is_all_wrong_gets_a_past_success_and_no_other_group_does()
     metrics = Metrics()
     rollouts, scores = buffer.rescue(now, verdicts("ww" + "cw" + "w?" + "ww"), batch=12, metrics=metrics)
     assert rollouts == [now[0], replace(past["a"], weight=0.5), *now[2:]]
-    assert [s.verdict for s in scores] == ["wrong", "correct", "correct", "wrong", "wrong", "undecided", "wrong", "wrong"]
+    assert [s.verdict for s in scores] == [
+        "wrong",
+        "correct",
+        "correct",
+        "wrong",
+        "wrong",
+        "undecided",
+        "wrong",
+        "wrong",
+    ]
     found = {key: total / count for key, (total, count) in metrics.pairs().items()}
     assert found == {"replay/size": 3, "replay/rescued": 1 / 4, "replay/age": 2}
     assert buffer.rescue(now[:2], verdicts("ww"), batch=16, metrics=Metrics())[0] == now[:2]  # too old by then
