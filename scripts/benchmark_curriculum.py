@@ -43,7 +43,7 @@ JSON = Path("docs/benchmarks/curriculum.json")
 SETTINGS = (
     f"policy.path={FOLDER}/sft", f"demonstrations={FOLDER}/demonstrations.jsonl", f"problems={FOLDER}/problems.jsonl",
     "rewards=[{name: correctness}]", "rollout.prompts_per_batch=8", "training.minibatches_per_batch=1", "training.num_batches=160",
-    "training.completions_every=0", "training.checkpoint_every=1000", "watch.action=off",
+    "training.completions_every=0", "training.checkpoint_every=1000", "watch.action='off'",
 )  # fmt: skip
 ARMS = {
     "uniform": ("curriculum={kind: uniform, measure: true}",),

@@ -1,4 +1,4 @@
-"""Which problems come next."""
+"""Which problems come next, and what comes back."""
 
 from __future__ import annotations
 
@@ -109,3 +109,15 @@ class ReplayCurriculum(MeasuredCurriculum):
 Curriculum = Annotated[
     UniformCurriculum | DifficultyCurriculum | SignalCurriculum | ReplayCurriculum, Field(discriminator="kind")
 ]
+
+
+class Replay(Section):
+    """Past correct completions for groups that are wrong from end to end (rlhf/replay.py)."""
+
+    capacity: PositiveInt = 1024
+    """Completions kept over all problems, on every rank."""
+    per_problem: PositiveInt = 2
+    per_group: PositiveInt = 1
+    """Completions of a group that are replaced at most."""
+    max_age_batches: PositiveInt = 20
+    """Rollout batches after which a completion is not used any more."""

@@ -6,25 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rlhf.config.sections import PositiveInt, Section, Think
-
-
-class WeightSchedule(Section):
-    """A component's weight moves in a straight line to another one, by the number of the rollout batch: from 1, as in metrics.jsonl."""
-
-    to: float
-    first_batch: PositiveInt = 1
-    """Up to it, it is the component's `weight`."""
-    last_batch: PositiveInt
-    """From it on, it is `to`."""
-
-    @model_validator(mode="after")
-    def _batches_in_order(self) -> WeightSchedule:
-        if self.first_batch >= self.last_batch:
-            raise ValueError(
-                f"first_batch is {self.first_batch} and last_batch is {self.last_batch}; the weight moves between them, so raise last_batch"
-            )
-        return self
+from rlhf.config.sections import PositiveInt, Schedule, Section, Think
 
 
 class Applies(Section):
@@ -51,7 +33,8 @@ class RewardComponent(Section):
     kind: str
     """What it is; the same as the name by default."""
     weight: float = 1.0
-    schedule: WeightSchedule | None = None
+    schedule: Schedule | None = None
+    """Of the weight."""
     scale: Annotated[float, Field(gt=0)] = 1.0
     """Raw values are divided by it."""
     clip: Annotated[float, Field(gt=0)] | None = None

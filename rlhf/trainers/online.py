@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from rlhf import training_state
 from rlhf.ahead import Ahead
@@ -33,6 +34,7 @@ from rlhf.guards import require_fresh, require_judged, require_one_policy
 from rlhf.lora import save_model
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
 from rlhf.quantization import has_quantised
+from rlhf.replay import ReplayBuffer, successes
 from rlhf.retention import NOTHING, Remembered
 from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.rollout_buffer import RolloutBuffer, unjudged
@@ -93,6 +95,7 @@ class OnlineTrainer:
         )
         self.first_batch = self.prompts_used = 0
         self.curriculum = Curriculum(config.curriculum, prompts, seed=config.seed)
+        self.replay = ReplayBuffer(config.replay, config.rollout.samples_per_prompt) if config.replay else None
         self.watch = Watch.of(config)
         self.last_row: dict[str, float] = {}
         self.under_way: RolloutBuffer | None = None
@@ -197,8 +200,13 @@ class OnlineTrainer:
         buffer.metrics.add(
             "rollout/age", total=sum(self.policy_version - r.policy_version for r in rollouts), count=len(rollouts)
         )
+        if self.replay is not None:
+            size = self.config.rollout.samples_per_prompt
+            fresh = gather(self.accelerator, successes(rollouts, scores, size=size, batch=batch))
+            rollouts, scores = self.replay.rescue(rollouts, scores, batch=batch, metrics=buffer.metrics)
+            self.replay.add(fresh)
         with _timed(buffer.seconds, "reward"):
-            buffer.experience = self.judge(rollouts, scores, buffer.metrics)
+            buffer.experience = self.judge(rollouts, scores, buffer.metrics, batch)
         return buffer
 
     @property
@@ -281,12 +289,16 @@ class OnlineTrainer:
         waiting_batches = self.ahead.all_that_wait() if self.ahead is not None else {}
         learners = self.updater.learners
         files = training_state.collect(learners, self.updater.followers)
+        replayed: dict[str, Any] | None = None
+        if self.replay is not None:
+            files["replay"], replayed = self.replay.to_files()
         state = {
             **self.updater.state(),
             "step": step,
             "batch": batch,
             "prompts_used": self.prompts_used,
             "curriculum": self.curriculum.state(),
+            "replay": replayed,
             "learners": training_state.schedules(learners),
             "ranks": self.accelerator.num_processes,
             "metrics": self.last_row,
@@ -322,6 +334,8 @@ class OnlineTrainer:
         self.updater.restore(state)
         self.watch.restore(state["watch"])
         self.curriculum.restore(state["curriculum"])
+        if self.replay is not None and state["replay"] is not None:
+            self.replay.restore(load_file(checkpoint / "replay.safetensors"), state["replay"])
         self.first_batch, self.prompts_used, self.last_row = state["batch"], state["prompts_used"], state["metrics"]
         buffers = training_state.restore_rank(
             checkpoint,
@@ -451,15 +465,18 @@ class OnlineTrainer:
     def sample(self, prompts: Sequence[Prompt], batch: int, attempt: int = 0) -> list[Rollout]:
         """Completions of prompts by the policy that the engine holds."""
         seed = hash((self.config.seed, batch, self.accelerator.process_index, attempt)) & 0x7FFFFFFF
-        rollouts = self.engine.generate(prompts, Sampling.of(self.config.rollout), seed=seed)
+        sampling = replace(Sampling.of(self.config.rollout), temperature=self.config.rollout.temperature_at(batch))
+        rollouts = self.engine.generate(prompts, sampling, seed=seed)
         require_fresh(rollouts, self.policy_version, max_age=self._max_age)
         return rollouts
 
-    def judge(self, rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metrics) -> Experience:
+    def judge(
+        self, rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metrics, batch: int = 0
+    ) -> Experience:
         """Advantages from scores, and from the reference and the critic where the recipe has them."""
         kl = values = None
         if self.updater.reference is not None and self.config.algorithm.kl_in == "reward":
-            kl = self.updater.kl_to_reference(rollouts)
+            kl = self.updater.kl_to_reference(rollouts, self.config.rollout.temperature_at(batch))
             metrics.add("policy/kl_reference", total=sum(k.sum().item() for k in kl), count=sum(len(k) for k in kl))
         if self.updater.critic is not None:
             values = self.updater.values(rollouts)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rlhf.curriculum_report import draw_rates
 from rlhf.metrics import PASS_RATE_BINS, POOLS
 from rlhf.run import write_json
 
@@ -79,5 +80,41 @@ def race_table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw_race(runs: Sequence[Mapping[str, Any]], picture: Path) -> None:
-    """TODO"""
+def draw_race(runs: Sequence[Mapping[str, Any]], picture: Path, *, seen: Sequence[str] = (BASELINE, "signal")) -> None:
+    """Held-out accuracy and groups with signal over sampled tokens, and whose problems are chosen in the first seed of two arms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(21, 4.8), layout="constrained")
+    labels = list(dict.fromkeys(r["label"] for r in runs))
+    for r in runs:
+        color, first = (
+            f"C{labels.index(r['label'])}",
+            r["seed"] == min(o["seed"] for o in runs if o["label"] == r["label"]),
+        )
+        spent = [0.0]
+        for b in r["batches"]:
+            spent.append(spent[-1] + b["rollout/tokens"])
+        measured = [(m["sampled_tokens"] / 1e3, m["accuracy"]) for m in r["measured"]]
+        axes[0].plot(*zip(*measured, strict=True), color=color, alpha=0.8, label=r["label"] if first else None)
+        smooth = [
+            statistics.fmean(b["reward/groups_with_signal"] for b in r["batches"][max(i - 9, 0) : i + 1])
+            for i in range(len(r["batches"]))
+        ]
+        axes[1].plot([x / 1e3 for x in spent[1:]], smooth, color=color, alpha=0.8)
+    axes[0].axhline(THRESHOLD, color="gray", linestyle="--", linewidth=1)
+    axes[0].set_title("pass@1 on unseen learnable problems", fontsize=11)
+    axes[1].set_title("groups with signal, mean of 10 batches", fontsize=11)
+    for axis in axes[:2]:
+        axis.set_xlabel("sampled tokens (thousands)")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=9)
+    for axis, label in zip(axes[2:], seen, strict=True):
+        of_label = next((r for r in runs if r["label"] == label), None)
+        if of_label is not None:
+            image = draw_rates(axis, of_label["batches"], "chosen", f"pass rates of the problems chosen: {label}")
+            figure.colorbar(image, ax=axis, label="share of the batch")
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
