@@ -64,7 +64,7 @@ def test_every_key_of_the_schema_is_read_somewhere():
     for package in OURS:
         for path in sources(package):
             tree = ast.parse(path.read_text())
-            # in config.py only methods count: the field's own declaration is not a use
+            # of the schema only methods count: the field's own declaration is not a use
             read |= {
                 node.attr
                 for node in ast.walk(tree)
