@@ -13,8 +13,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 def _as_word(value: Any) -> Any:
-    """YAML reads the bare word off as false."""
-    return "off" if value is False else str(value) if type(value) is int else value
+    return str(value) if type(value) is int else value
 
 
 Think = Annotated[str, BeforeValidator(_as_word), Field(pattern=r"^(off|short|long|[1-9]\d*)$")]
