@@ -376,8 +376,8 @@ def _reference_parts(
 
 
 def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, sharding: Sharding) -> list[Part]:
-    judges = isinstance(config, ProcessRewardModel | RewardModel)
-    speaks = not judges or config.head != "classification"
+    judge = config if isinstance(config, ProcessRewardModel | RewardModel) else None
+    speaks = judge is None or judge.head != "classification"
     model = trained_of(config.model, shape, sharding, has_head=speaks)
     rows = config.training.micro_batch_size * _sequences_per_row(config)
     tokens = rows * config.max_tokens
@@ -385,11 +385,12 @@ def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, shardin
     def head(scored: float) -> footprint.Head:
         fused = not machine.device.is_cpu
         # Where Triton is, positions that are not trained on are left out; how many is not known here.
-        if judges and speaks:
-            return footprint.step_head(model, scored, rows=rows if config.head == "next_token" else None)
+        if judge is not None:
+            at_steps = rows if judge.head == "next_token" else None
+            return footprint.step_head(model, scored, rows=at_steps) if speaks else footprint.no_head(scored)
         if isinstance(config, ORPO):
             return footprint.head(model, scored)
-        return footprint.no_head(scored) if judges else footprint.trl_head(model, scored, fused=fused)
+        return footprint.trl_head(model, scored, fused=fused)
 
     micro = MicroBatch(tokens, tokens)
     accumulation = config.training.accumulation(machine.count)
@@ -404,7 +405,7 @@ def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, shardin
         repeated_heads=True,  # under a mask transformers repeats key-value heads
         fused_optimizer=True,  # the Trainer's default
     )
-    if judges:
+    if judge is not None:
         pairs = isinstance(config, RewardModel)
         size = forward_scratch(shape, model.dtype, HELDOUT_PAIRS * config.max_tokens if pairs else HELDOUT_TOKENS)
         parts.append(Part(name="held-out pairs" if pairs else "held-out solutions", when="scoring", size=size))
