@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from rlhf.attention import NAME, can_share_prefix
 from rlhf.config import ORPO, PreferenceTraining
 from rlhf.distributed import gather
-from rlhf.logprobs import token_logprobs
+from rlhf.logprobs import chunked_logprobs, token_logprobs
 from rlhf.lora import adapt, save_model
 from rlhf.metrics import Metrics, reduce_metrics
 from rlhf.models import load_causal_lm
 from rlhf.packing import pack_padded, pack_shared
 from rlhf.preference import log_odds, mean_logprobs, odds_ratio_loss
 from rlhf.run import say
+from rlhf.scorer import has_plain_head
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 from rlhf.types import Prompt, Rollout
 from rlhf.updater import ready
@@ -87,12 +89,35 @@ class PairCollator:
 
 
 def response_logprobs(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """[N] log-probabilities of the responses' tokens, in the order of `inputs["targets"]`; no logits of other columns are computed."""
+    """[N] log-probabilities of the responses' tokens, in the order of `inputs["targets"]`.
+
+    The head is called inside the model, where DDP and DeepSpeed look for its weight, on the positions of responses alone; where logits are
+    hidden @ weight.T it returns log-probabilities, so that [N, V] never exists.
+
+    Args:
+        model: for causal language modelling, as it is or as accelerate wrapped it.
+        inputs: of `PairCollator`.
+    """
     rows, columns = inputs["scored"] // inputs["input_ids"].shape[1], inputs["scored"] % inputs["input_ids"].shape[1]
     columns, where = columns.unique(return_inverse=True)
     forward = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask", "layout") if k in inputs}
-    logits = model(**forward, use_cache=False, logits_to_keep=columns).logits
-    return token_logprobs(logits[rows, where], inputs["targets"], temperature=1.0)
+    inner: Any = extract_model_from_parallel(model)
+    head = inner.get_output_embeddings()
+
+    def score(hidden: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        with torch.autocast(device, enabled=False):
+            return chunked_logprobs(hidden[rows, where].to(dtype), head.weight, inputs["targets"], temperature=1.0)[0]
+
+    if not has_plain_head(inner):
+        logits = model(**forward, use_cache=False, logits_to_keep=columns).logits
+        return token_logprobs(logits[rows, where], inputs["targets"], temperature=1.0)
+    head.forward = score
+    try:
+        return model(**forward, use_cache=False, logits_to_keep=columns).logits
+    finally:
+        del head.forward  # what is left is the class's own
 
 
 METRICS = {
