@@ -7,6 +7,7 @@ from data.records import Demonstration, Problem, read_records
 from reward_models.composite import build_reward, require_columns, require_reachable
 from rlhf.config import GRPO, PPO, ModelReward, Online
 from rlhf.critic import load_critic
+from rlhf.curriculum import Curriculum
 from rlhf.distributed import loaded_whole, start
 from rlhf.lora import adapt
 from rlhf.models import check_model_path, load_causal_lm, load_tokenizer
@@ -35,6 +36,9 @@ def train_online(config: Online, run: Run) -> None:
     prompts = [renderer.prompt(p.id, p.question, p.answer, p.columns) for p in problems]
     require_prompts_fit(prompts, config.rollout)
     require_columns(config, prompts)
+    Curriculum(
+        config.curriculum, prompts, seed=config.seed
+    )  # a column that is missing is found before a model is loaded
 
     fitting = reference_solutions(config, renderer, demonstrations)
 
