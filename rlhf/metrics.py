@@ -53,6 +53,8 @@ MEANING = {
     "train/tokens_per_second": "completion tokens trained on per second of training and rank, once per batch whatever the passes",
     "sync/error": "nats per token between engine and trainer on the probe after the sync",
     "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong and repetition",
+    "rollout/temperature": "of the batch, with rollout.temperature_schedule",
+    "policy/entropy_coefficient": "of the batch, with algorithm.entropy_schedule",
     "rollout/distinct_scratchpads": "different scratchpads among the samples of a prompt: 0 when they are all the same, 1 when no two are",
     "rollout/distinct_answers": "the same for what comes after the scratchpad; it falls with accuracy too",
     "rollout/self_bleu": "BLEU of a completion with the other samples of its prompt as references: 1 when they are all the same",
