@@ -56,6 +56,8 @@ MEANING = {
     "retention/factor": "what retention.adaptive multiplies its control's coefficient with from here on",
     "retention/ptx": "mean negative log-likelihood in nats of a response token of retention.ptx.demonstrations",
     "sync/error": "nats per token between engine and trainer on the probe after the sync",
+    "rollout/temperature": "of the batch, with rollout.temperature_schedule",
+    "policy/entropy_coefficient": "of the batch, with algorithm.entropy_schedule",
     "rollout/distinct_scratchpads": "different scratchpads among the samples of a prompt: 0 when they are all the same, 1 when no two are",
     "rollout/distinct_answers": "the same for what comes after the scratchpad; it falls with accuracy too",
     "rollout/self_bleu": "BLEU of a completion with the other samples of its prompt as references: 1 when they are all the same",

@@ -246,6 +246,7 @@ class Updater:
         self._temperature = self.config.rollout.temperature_at(batch)
         if self.config.algorithm.entropy_schedule is not None:
             self.entropy_coefficient = self.config.algorithm.entropy_coefficient_at(batch)
+            metrics.add("policy/entropy_coefficient", total=self.entropy_coefficient, count=1)
         training, size = self.config.training, self.config.rollout.samples_per_prompt
         rows_per_minibatch = len(experience.rollouts) // size // training.minibatches_per_batch * size
         plans = self._plans = [

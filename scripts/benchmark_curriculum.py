@@ -51,7 +51,7 @@ ARMS = {
     "signal": ("curriculum={kind: signal}",),
     "replay": ("curriculum={kind: replay}",),
 }
-EVERY = 4
+EVERY = 5
 """Rollout batches between measurements."""
 SAMPLES = 2
 """Of each held-out problem, at temperature 1."""

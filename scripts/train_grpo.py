@@ -8,6 +8,7 @@ from reward_models.composite import build_reward, require_columns, require_reach
 from rlhf.card import fingerprint
 from rlhf.config import GRPO, PPO, ModelReward, Online, RuleReward, require_whole_weights
 from rlhf.critic import load_critic
+from rlhf.curriculum import Curriculum
 from rlhf.distributed import configured_zero_stage, loaded_whole, start
 from rlhf.elastic import load_fisher
 from rlhf.lora import adapt
@@ -38,6 +39,9 @@ def train_online(config: Online, run: Run) -> None:
     prompts = [renderer.problem_prompt(p) for p in problems]
     require_prompts_fit(prompts, config.rollout)
     require_columns(config, prompts)
+    Curriculum(
+        config.curriculum, prompts, seed=config.seed
+    )  # a column that is missing is found before a model is loaded
 
     fitting = reference_solutions(config, renderer, demonstrations)
     remembered = remember(config, renderer)

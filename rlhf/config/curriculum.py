@@ -62,12 +62,13 @@ class MeasuredCurriculum(Section):
 
     prior_rate: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Pass rate that is expected of a problem before it was sampled."""
-    prior_strength: Annotated[float, Field(gt=0)] = 1.0
-    """Completions that this expectation is worth."""
+    prior_strength: Annotated[float, Field(gt=0)] = 0.2
+    """Completions that this expectation is worth. The less, the more a problem is expected to be always right or always wrong, and the more one
+    that was found to be neither is worth against one never sampled."""
     prior_column: str | None = None
     """Column of the problems, such as level or subject: problems with the same value share their expectation, which then follows what
     was measured on any of them. It is what helps where a problem is seldom sampled twice."""
-    half_life: Annotated[float, Field(gt=0)] | None = 20.0
+    half_life: Annotated[float, Field(gt=0)] | None = 50.0
     """Rollout batches after which a measurement counts half, because the policy moves; null: for ever."""
     floor: Share = 0.1
     """Share of the choices that go to any problem, whatever was measured."""
@@ -81,7 +82,7 @@ class SignalCurriculum(MeasuredCurriculum):
     """Problems in proportion to their learning signal."""
 
     kind: Literal["signal"]
-    sharpness: Annotated[float, Field(gt=0)] = 2.0
+    sharpness: Annotated[float, Field(gt=0)] = 3.0
     """Exponent of the signal."""
     band: tuple[Share, Share] | None = None
     """Expected pass rates outside which only `floor` chooses a problem."""

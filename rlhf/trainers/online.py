@@ -415,6 +415,8 @@ class OnlineTrainer:
         metrics.add("rollout/refilled", total=0, count=len(scores) // size)
         metrics.add("rollout/tokens", total=0, count=1)
         self.curriculum.describe(metrics, batch=batch)
+        if rollout.temperature_schedule is not None:
+            metrics.add("rollout/temperature", total=rollout.temperature_at(batch), count=1)
         share = reduce_metrics(self._gather_sampling([metrics.pairs()]))["rollout/undecided"]
         require_judged(share, self.config.guards.max_undecided_share, scores)
         return rollouts, scores

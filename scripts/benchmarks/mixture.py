@@ -17,7 +17,7 @@ from data.stories import Story, draw_story, generate_stories, to_demonstration, 
 
 MIXTURE = {"easy": 280, "impossible": 80, "learnable": 40}
 """Training problems: 70 %, 20 %, 10 %."""
-HELDOUT = 128
+HELDOUT = 100
 """Unseen learnable problems that the policy is measured on."""
 ANSWERS_AT_ONCE = {"easy": 0.5, "learnable": 0.6}
 EASY_DEMONSTRATIONS = 0.35

@@ -1,11 +1,17 @@
 """Which problems come next: the arithmetic by hand, what is measured, and an exact resume."""
 
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from online_helpers import G, config
+from online_helpers import G, config, experience, sample
 from pydantic import TypeAdapter
+from test_resume import rows_of, weights_of
 
 from rlhf.config import Curriculum as Settings
 from rlhf.curriculum import Choice, Curriculum, Outcome, outcomes, prompt_stream
@@ -204,8 +210,6 @@ def test_choices_depend_on_what_was_measured_and_not_on_how_it_was_split_over_ra
 
 
 def test_a_curriculum_goes_on_from_its_state_as_if_nothing_had_happened():
-    import json
-
     curriculum = make(6, kind="replay", pools={})
     curriculum.observe([Outcome(0, 3, 1), Outcome(4, 0, 3)], batch=2)
     curriculum.observe([Outcome(0, 1, 3)], batch=5)
@@ -249,10 +253,6 @@ def by_prompt(rollouts):
     ],
 )
 def test_a_run_with_a_curriculum_resumes_bit_for_bit_at_any_step(make_trainer, options):
-    import shutil
-
-    from test_resume import rows_of, weights_of
-
     every = ("training.num_batches=3", "training.passes_per_batch=2", "training.checkpoint_every_steps=1")
     options = (*options, *every, "training.keep_checkpoints=100", "guards.max_undecided_share=1")
     whole = make_trainer(*options, folder="whole", reward_fn=by_prompt)
@@ -271,11 +271,34 @@ def test_a_run_with_a_curriculum_resumes_bit_for_bit_at_any_step(make_trainer, o
         assert resumed.curriculum.state() == whole.curriculum.state()
 
 
+def test_choices_go_on_behind_batches_that_were_sampled_ahead(make_trainer):
+    options = ("curriculum={kind: signal}", "guards.max_undecided_share=1")
+    whole = make_trainer(*options, folder="whole", reward_fn=by_prompt)
+    whole.fill(0)
+    ahead = whole.fill(1)
+    whole.ahead = SimpleNamespace(all_that_wait=lambda: {1: ahead})
+    whole._checkpoint(1)
+    third = [r.prompt.id for r in whole.fill(2).experience.rollouts]
+    shutil.copytree(whole.checkpoints, whole.run.folder.with_name("resumed") / "checkpoints")
+    resumed = make_trainer(*options, folder="resumed", reward_fn=by_prompt)
+    assert [r.prompt.id for r in resumed.fill(2).experience.rollouts] == third
+    assert resumed.curriculum.state() == whole.curriculum.state()
+
+
+def test_a_rank_learns_what_the_other_ranks_measured(make_trainer, monkeypatch):
+    trainer = make_trainer("curriculum={kind: signal}", reward_fn=by_prompt)
+    elsewhere = [Outcome(9, 2, 1)]
+
+    def gather(_, items, group=None):
+        of_problems = bool(items) and isinstance(items[0], Outcome)
+        return [*(elsewhere if of_problems else items[:0]), *items]
+
+    monkeypatch.setattr("rlhf.trainers.online.gather", gather)
+    trainer.fill(0)
+    assert [9, 2.0, 1.0, 0.0] in trainer.curriculum.state()["measured"]
+
+
 def test_the_advantages_of_a_problem_are_weighted_by_how_it_was_chosen(make_trainer):
-    from dataclasses import replace
-
-    from online_helpers import experience, sample
-
     trainer = make_trainer()
     plain = experience(trainer)
     rollouts = [replace(r, weight=0.5 if i < G else 1.0) for i, r in enumerate(sample(trainer))]

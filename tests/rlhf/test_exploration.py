@@ -73,7 +73,7 @@ def test_a_rollout_batch_is_sampled_and_trained_at_its_own_temperature(make_trai
         asked.append(sampling.temperature) or generate(prompts, sampling, seed=seed)
     )
     rows = trainer.train()  # the guard compares the sampler's log-probabilities with the trainer's
-    assert asked == [1.0, 0.75, 0.5, 0.5]
+    assert asked == [row["rollout/temperature"] for row in rows] == [1.0, 0.75, 0.5, 0.5]
     assert all(row["policy/kl_sampler"] < 1e-5 for row in rows)
 
 
