@@ -13,7 +13,7 @@ from rlhf.config.evaluation import Evaluate, EvaluateProcess, Judging
 from rlhf.config.models import BuildModel
 from rlhf.config.offline import SFT, ProcessRewardModel, RewardModel
 from rlhf.config.online import GRPO, PPO
-from rlhf.config.samples import LabelSteps, MakePairs
+from rlhf.config.samples import GenerateTraces, LabelSteps, MakePairs
 from rlhf.config.sections import Section, nearest
 from rlhf.config.thinking import EvaluateThinking
 
@@ -43,6 +43,7 @@ Config = (
     | RewardModel
     | LabelSteps
     | MakePairs
+    | GenerateTraces
     | ProcessRewardModel
     | EvaluateProcess
     | Judging
