@@ -26,6 +26,8 @@ from rlhf.config import (
     ProcessRewardModelReward,
     RewardModel,
     batch_arithmetic,
+    require_unsharded,
+    trained_model,
 )
 from rlhf.footprint import WIDTH, Sharding, Trained, forward_scratch, trained_of
 from rlhf.hardware import GIB, Device, Machine
@@ -117,8 +119,11 @@ def make_plan(config: Config, shapes: Mapping[str, ModelShape], machine: Machine
         sharding: of what is trained.
 
     Raises:
-        ValueError: when the stage trains nothing, or its batch does not divide over the devices.
+        ValueError: when the stage trains nothing, its batch does not divide over the devices, or 4-bit weights would be sharded.
     """
+    model = trained_model(config)
+    if model is not None:
+        require_unsharded(model, sharding.stage)
     arithmetic = tuple(batch_arithmetic(config, machine.count))
     if isinstance(config, Online):
         work = OnlineWork.of(config, machine)

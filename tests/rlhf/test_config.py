@@ -90,6 +90,18 @@ def test_small_numbers_in_scientific_notation_are_numbers():
     assert grpo("optimizer.learning_rate=1e-6").optimizer.learning_rate == 1e-6
 
 
+def test_off_is_a_word_and_a_truth_value_where_one_is_wanted():
+    assert grpo("watch.action=off").watch.action == "off"
+    assert grpo("algorithm.scale_by_std=off").algorithm.scale_by_std is False
+    assert grpo("algorithm.scale_by_std=False").algorithm.scale_by_std is False
+
+
+def test_a_key_that_stands_twice_in_a_recipe_is_an_error(tmp_path):
+    (tmp_path / "twice.yaml").write_text(GRPO_RECIPE.read_text() + "training:\n  num_batches: 3\n")
+    with pytest.raises(ValueError, match="'training' stands twice"):
+        load_config(tmp_path / "twice.yaml")
+
+
 def test_an_override_wins_over_the_recipe_and_the_recipe_over_what_it_extends(tmp_path):
     (tmp_path / "base.yaml").write_text(GRPO_RECIPE.read_text())
     (tmp_path / "child.yaml").write_text("extends: base.yaml\nrollout:\n  samples_per_prompt: 4\nseed: 3\n")

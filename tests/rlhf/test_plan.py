@@ -229,6 +229,11 @@ def test_zero_3_leaves_the_parts_that_are_whole_on_every_device():
         assert part(sharded, "activations", moment) == part(whole, "activations", moment) > 0
 
 
+def test_four_bit_weights_have_no_plan_under_zero_3():
+    with pytest.raises(ValueError, match="zero_stage 3, which would cut packed weights off"):
+        plan_of("recipes/gsm8k/grpo_qlora.yaml", gpus="8xH100-80GB", sharding=Sharding(stage=3))
+
+
 def test_an_offloaded_optimizer_is_in_the_hosts_memory():
     here = plan_of("recipes/gsm8k/sft.yaml", gpus="4xH100-80GB", sharding=Sharding(stage=2))
     there = plan_of("recipes/gsm8k/sft.yaml", gpus="4xH100-80GB", sharding=Sharding(stage=2, offload_optimizer=True))
