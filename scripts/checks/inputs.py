@@ -29,7 +29,9 @@ from rlhf.config import (
     EstimateFisher,
     Evaluate,
     EvaluateProcess,
+    EvaluateThinking,
     Forgetting,
+    GenerateTraces,
     GSM8KSource,
     JudgeReward,
     Judging,
@@ -74,7 +76,7 @@ def record_files(config: Config) -> list[tuple[str, type, str]]:
         return [(f"suites.{name}.problems", Problem, s.problems) for name, s in config.suites.items() if s.problems]
     if isinstance(config, EstimateFisher) and config.demonstrations is not None:
         return [("demonstrations", Demonstration, config.demonstrations)]
-    if isinstance(config, LabelSteps | MakePairs | EstimateFisher) or (
+    if isinstance(config, LabelSteps | MakePairs | GenerateTraces | EvaluateThinking | EstimateFisher) or (
         isinstance(config, Evaluate) and config.problems is not None
     ):
         return [("problems", Problem, config.problems or "")]
@@ -89,6 +91,11 @@ def model_folders(config: Config) -> list[tuple[str, str]]:
         return [(f"models.{label}.path", model.path) for label, model in config.models.items() if model.server is None]
     if isinstance(config, EvaluateProcess):
         return [("model", config.model)]
+    if isinstance(config, EvaluateThinking):
+        return [(f"models.{label}.path", model.path) for label, model in config.models.items()]
+    if isinstance(config, GenerateTraces):
+        judge = [("process_model.path", config.process_model.path)] if config.process_model else []
+        return [("policy.path", config.policy.path), *judge]
     if isinstance(config, LabelSteps | MakePairs):
         rewards = config.rewards if isinstance(config, MakePairs) else ()
         models = [(f"rewards.{r.name}.path", r.path) for r in rewards if isinstance(r, ModelReward)]
