@@ -10,7 +10,7 @@ from rlhf.config.algorithm import Algorithm, Critic, GroupAlgorithm, PPOAlgorith
 from rlhf.config.curriculum import Curriculum, Replay, UniformCurriculum
 from rlhf.config.models import Policy
 from rlhf.config.retention import Retention, require_controls
-from rlhf.config.rewards import ModelReward, Reward, RuleReward
+from rlhf.config.rewards import ModelReward, ProcessRewardModelReward, Reward, RuleReward
 from rlhf.config.sections import (
     Chat,
     Grader,
@@ -266,6 +266,12 @@ class Online(Section):
                 raise ValueError(
                     f"rewards.{reward.name}.buffer_tokens is {reward.buffer_tokens}, more than rollout.max_new_tokens {self.rollout.max_new_tokens}; "
                     "every completion would be punished: lower it"
+                )
+            of_steps = isinstance(reward, ProcessRewardModelReward) and reward.aggregate is None
+            if of_steps and reward.step_value == "probability" and self.algorithm.step_credit == "min":
+                raise ValueError(
+                    f"algorithm.step_credit is min and rewards.{reward.name}.step_value is probability: what follows the worst step counts 0, which no "
+                    "probability is below, so right steps would be held down; set step_value to signed"
                 )
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):

@@ -120,8 +120,8 @@ class ProcessRewardModelReward(ModelReward):
 
     kind: Literal["process_reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     step_value: Literal["probability", "signed"] = "probability"
-    """p, the probability that the step is right, or 2 p - 1, with which a step that is more likely wrong than right costs something: what
-    algorithm.step_credit `min` is made for, as behind the worst step it counts 0."""
+    """p, the probability that the step is right, or 2 p - 1, with which a step that is more likely wrong than right costs something.
+    algorithm.step_credit `min` needs the latter: behind the worst step it counts 0, which no probability is below."""
     aggregate: Literal["min", "product", "mean", "last"] | None = None
     """One number for the whole completion, of the steps' probabilities; by default every step earns its own (algorithm.step_credit)."""
     tokens_per_batch: PositiveInt = 16_384

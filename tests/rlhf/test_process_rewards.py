@@ -59,6 +59,18 @@ def test_with_a_critic_a_step_cannot_stand_for_itself_as_the_discount_says_that(
         load_config(RECIPE.parent / "ppo.yaml", ["algorithm.step_credit=own"])
 
 
+def test_the_minimum_of_probabilities_is_refused_as_it_would_hold_down_what_is_right_behind_the_worst_step():
+    cold = config("algorithm.step_credit=min", "algorithm.step_temperature=0.001")
+    first, _ = step_advantages([score((0, 0.1), (1, 0.9)), score((1, 0.2))], [2, 2], cold)  # returns 0.1, 0; 0.2, 0.2
+    assert_close(first, torch.tensor([-0.025, -0.125]))  # the right step is worse off than the wrong one before it
+    first, _ = step_advantages([score((0, -0.8), (1, 0.8)), score((1, -0.6))], [2, 2], cold)
+    assert_close(first, torch.tensor([-0.3, 0.5]))
+    process = "rewards=[{name: correctness}, {name: process, kind: process_reward_model, path: judge, step_value: %s}]"
+    with pytest.raises(ValueError, match=r"rewards\.process\.step_value is probability: .*set step_value to signed"):
+        config("algorithm.step_credit=min", process % "probability")
+    config("algorithm.step_credit=min", process % "signed")
+
+
 def test_with_the_minimum_leaving_one_out_compares_with_the_tokens_of_the_other_sample():
     scores = [score((1, 0.2)), score((0, 0.8))]
     cold = config("algorithm.step_credit=min", "algorithm.advantage=leave_one_out")
