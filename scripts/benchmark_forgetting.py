@@ -42,7 +42,7 @@ FOLDER = Path("outputs/forgetting")
 JSON = Path("docs/benchmarks/forgetting.json")
 RECIPE = "recipes/tiny/forgetting/grpo.yaml"
 START = FOLDER / "start"
-KL = ["reference={path: outputs/forgetting/start}", "algorithm.kl_coefficient=0.04"]
+KL = ["reference={path: outputs/forgetting/start}", "algorithm.kl_coefficient=0.03"]
 LORA = ["policy.lora={rank: 16}", "optimizer.learning_rate=1.0e-3"]
 EWC = ["retention.elastic={fisher: outputs/forgetting/fisher, coefficient: 100}"]
 DEMONSTRATIONS = "outputs/forgetting/data/stories_demonstrations.jsonl"

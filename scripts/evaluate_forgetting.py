@@ -1,6 +1,6 @@
 """Accuracy on named suites before and after training, and a gate. `python scripts/evaluate_forgetting.py --config recipes/tiny/forgetting/evaluate.yaml`
 
-The exit code is 3 when `gate` refuses the model; what was sampled stays, so that another gate decides at once.
+The exit code is 3 when `gate` refuses the model.
 """
 
 import json
