@@ -115,7 +115,7 @@ def choose_traces(traces: Sequence[Trace], rules: Rules, *, seed: int) -> list[s
         problems = exact_hashes([traces[i].problem for i in left])  # traces of two problems are two traces
         alive = np.ones(len(left), bool)
         first = first_of_similar(
-            lambda band: bands[band].copy(), alive, threshold=rules.near_threshold, answers=problems
+            lambda band: bands[band], alive, threshold=rules.near_threshold, answers=problems
         )
         for n, i in enumerate(left):
             if first[n] != n:
