@@ -159,9 +159,9 @@ def generate_stories(split: Split, *, seed: int, min_level: int, max_level: int)
         yield story
 
 
-def write_partial_results(story: Story) -> list[str]:
-    """What there is after every other event, and no sums: two events at once in the head for each number that is written."""
-    return [str(value) for value in story.values[2:-1:2]]
+def write_results(story: Story) -> list[str]:
+    """What there is after each event, `Tuesday 12`: the sum is done in the head."""
+    return [f"{day} {value}" for day, value in zip(DAYS[1:], story.values[1:], strict=False)]
 
 
 def to_problem(story: Story, *, think: str = "") -> Problem:
@@ -171,12 +171,12 @@ def to_problem(story: Story, *, think: str = "") -> Problem:
 
 
 def to_budgeted_demonstration(story: Story, think: Budget) -> Demonstration:
-    """A demonstration that keeps to its thinking budget: no scratchpad, partial results, or every sum."""
+    """A demonstration that keeps to its thinking budget: no scratchpad, the results alone, or every sum."""
     match think:
         case "off":
             lines = []
         case "short":
-            lines = write_partial_results(story)
+            lines = write_results(story)
         case "long":
             lines = write_steps(story.events, story.values)
     return Demonstration(

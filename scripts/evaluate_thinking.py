@@ -40,6 +40,10 @@ class Condition:
     limit: int | None = None
     """Thinking tokens after which thoughts are cut; None where they are not."""
 
+    @property
+    def file_name(self) -> str:
+        return (self.think or "none") + ("" if self.limit is None else f".{self.limit}")
+
 
 def conditions_of(config: EvaluateThinking, *, is_last: bool) -> list[Condition]:
     """Those that a model is measured under; the last model's thoughts are cut, too."""
@@ -186,7 +190,7 @@ def measure(
                 )
                 sampled = sample_all(
                     questions,
-                    run.folder / f"generations.{label}.{rank}.jsonl",
+                    run.folder / f"generations.{label}.{condition.file_name}.{rank}.jsonl",
                     settings={**dataclasses.asdict(sampling), "dtype": config.rollout.dtype, "weights": fingerprint(model.path),
                               "limit": condition.limit, "forcing": forcing},
                     seed=config.seed + 1_000_003 * rank,

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf.config.evaluation import EvaluatedModel
 from rlhf.config.models import Weights
 from rlhf.config.rewards import ModelReward, Reward
 from rlhf.config.sections import Chat, Grader, PositiveInt, Rollout, Section, Share
@@ -106,3 +107,43 @@ class MakePairs(Section):
         if any(isinstance(r, ModelReward) and r.placement == "sharded" for r in self.rewards):
             raise ValueError("rewards has a model with placement sharded, which is for training; set it to whole")
         return self
+
+
+class TraceJudge(Section):
+    """A process model that has a say in which completions become traces."""
+
+    path: str
+    """Folder of scripts/train_process_reward_model.py."""
+    aggregate: Literal["min", "product", "mean", "last"] = "min"
+    """What of its steps' probabilities is the score of a completion."""
+    min_score: Share = 0.5
+
+
+class GenerateTraces(Section):
+    """Demonstrations from a stronger policy's completions: what the grader accepts, without duplicates (data/traces.py)."""
+
+    stage: Literal["generate_traces"]
+    output_dir: str
+    seed: int = 0
+    policy: EvaluatedModel
+    """Loaded by rollout.engine, or asked where policy.server says; then only the tokenizer at `path` is read."""
+    chat: Chat = Chat()
+    problems: str
+    num_problems: PositiveInt | None = None
+    """The first so many; all by default."""
+    first_problem: Annotated[int, Field(ge=0)] = 0
+    """How many problems of the file to pass over."""
+    process_model: TraceJudge | None = None
+    require_thoughts: bool = True
+    """Leave out what answers at once."""
+    near_threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.8
+    """Least estimated Jaccard similarity of near duplicates, among the traces of one problem; null keeps them. Equal ones always count once."""
+    shingle_words: PositiveInt = 5
+    """Words of the n-grams that are compared."""
+    max_per_problem: PositiveInt = 1
+    prefer: Literal["shortest", "random"] = "shortest"
+    """Which of a problem's traces stay where there are more."""
+    rollout: SampledRollout
+    """A completion cut by max_new_tokens is never a trace."""
+    grader: Grader = Grader()
+    script: ClassVar[str] = "scripts/generate_traces.py"

@@ -113,12 +113,13 @@ def generate_forced(
     thinking, answering = list(made), list[Forced]()
     rounds = 0
     while thinking:
-        out = [f for f in thinking if f.thinking_tokens >= forcing.thinking_tokens]
-        answering += [_close(f, forcing, decode) for f in out]
-        thinking = [f for f in thinking if f.thinking_tokens < forcing.thinking_tokens]
         by_room: dict[int, list[Forced]] = {}
         for f in thinking:
-            by_room.setdefault(forcing.thinking_tokens - f.thinking_tokens, []).append(f)
+            room = forcing.thinking_tokens - f.thinking_tokens
+            if room > 0:
+                by_room.setdefault(room, []).append(f)
+            else:
+                answering.append(_close(f, forcing, decode))
         thinking = []
         for room, of in sorted(by_room.items()):
             sampled = _continue(engine, of, dataclasses.replace(one, max_new_tokens=room), seed + rounds)

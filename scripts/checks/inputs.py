@@ -28,6 +28,8 @@ from rlhf.config import (
     CurateData,
     Evaluate,
     EvaluateProcess,
+    EvaluateThinking,
+    GenerateTraces,
     GSM8KSource,
     JudgeReward,
     Judging,
@@ -65,7 +67,9 @@ def record_files(config: Config) -> list[tuple[str, type, str]]:
         ]
     if isinstance(config, Online):
         return [("problems", Problem, config.problems), ("demonstrations", Demonstration, config.demonstrations)]
-    if isinstance(config, LabelSteps | MakePairs) or (isinstance(config, Evaluate) and config.problems is not None):
+    if isinstance(config, LabelSteps | MakePairs | GenerateTraces | EvaluateThinking) or (
+        isinstance(config, Evaluate) and config.problems is not None
+    ):
         return [("problems", Problem, config.problems or "")]
     return []
 
@@ -78,6 +82,11 @@ def model_folders(config: Config) -> list[tuple[str, str]]:
         return [(f"models.{label}.path", model.path) for label, model in config.models.items() if model.server is None]
     if isinstance(config, EvaluateProcess):
         return [("model", config.model)]
+    if isinstance(config, EvaluateThinking):
+        return [(f"models.{label}.path", model.path) for label, model in config.models.items()]
+    if isinstance(config, GenerateTraces):
+        judge = [("process_model.path", config.process_model.path)] if config.process_model else []
+        return [("policy.path", config.policy.path), *judge]
     if isinstance(config, LabelSteps | MakePairs):
         rewards = config.rewards if isinstance(config, MakePairs) else ()
         models = [(f"rewards.{r.name}.path", r.path) for r in rewards if isinstance(r, ModelReward)]

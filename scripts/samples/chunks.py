@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.chat import ChatRenderer
+from data.chat import ChatRenderer, with_budget
 from reward_models.grading import VERSION, GraderPool
 from rlhf.card import fingerprint
-from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.engine import Sampling
 from rlhf.run import Run, say, write_json
+from rlhf.sampling import Question
 from rlhf.types import Prompt, Rollout, Verdict
 
 Counts = Counter[str]
@@ -104,7 +105,7 @@ def work_off(
     chunks: Chunks,
     config: Any,
     renderer: ChatRenderer,
-    build: Callable[[RolloutEngine, GraderPool], Work],
+    build: Callable[[Any, GraderPool], Work],
     describe: Callable[[Sequence[Any], Counts], str],
 ) -> bool:
     """Do the chunks that are not done; whether this is the process that collects them.
@@ -142,10 +143,45 @@ def work_off(
     return accelerator.is_main_process
 
 
-def open_policy(config: Any, renderer: ChatRenderer) -> RolloutEngine:
-    """The engine of the recipe with the policy's weights."""
+class ServedPolicy:
+    """A policy behind an OpenAI-compatible server, as far as it is sampled from: its completions come as text and are tokenized here."""
+
+    def __init__(self, config: Any, renderer: ChatRenderer) -> None:
+        from rlhf.rollout.openai_server import OpenAIServer
+
+        self._renderer = renderer
+        self._server = OpenAIServer(
+            config.policy.server,
+            Sampling.of(config.rollout),
+            system_prompt=config.chat.system_prompt,
+            prompt_text=dataclasses.replace(renderer, think=None).prompt_text,
+            decode=renderer.decode,
+            stop_token_id=renderer.stop_token_id,
+        )
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[Rollout]:
+        """As a `RolloutEngine`; `sampling` is the recipe's."""
+        think = [str(p.columns.get("think", "")) for p in prompts]
+        questions = [
+            Question(id=p.id, text=with_budget(p.question, t), token_ids=p.token_ids)
+            for p, t in zip(prompts, think, strict=True)
+        ]
+        return [
+            self._renderer.rollout(prompt, self._renderer.prefill + c.text, truncated=c.finish_reason == "length")
+            for prompt, completions in zip(prompts, self._server.generate(questions, seed), strict=True)
+            for c in completions
+        ]
+
+    def close(self) -> None:
+        self._server.close()
+
+
+def open_policy(config: Any, renderer: ChatRenderer) -> Any:
+    """The engine of the recipe with the policy's weights, or the server that has them."""
     from rlhf.rollout.engine import build_engine
 
+    if getattr(config.policy, "server", None) is not None:
+        return ServedPolicy(config, renderer)
     return build_engine(
         config.rollout,
         config.policy.path,
