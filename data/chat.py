@@ -106,6 +106,19 @@ class ChatRenderer:
         prompt = self.prompt_ids(d.question, history=d.history, system=d.system, think=d.think)
         return prompt, self.response_ids(self.completion(response_of(d)))
 
+    def demonstrated(self, demonstration: Demonstration) -> Rollout:
+        """A demonstration as if a policy had written its response."""
+        prompt_ids, response_ids = self.demonstration_ids(demonstration)
+        d = demonstration
+        return Rollout(
+            prompt=Prompt(id=d.id, token_ids=tuple(prompt_ids), question=d.question, reference=d.answer),
+            token_ids=tuple(response_ids),
+            logprobs=(0.0,) * len(response_ids),
+            finish_reason="stop",
+            text=self.completion(response_of(d)),
+            policy_version=0,
+        )
+
     def pair_ids(self, pair: PreferencePair) -> tuple[list[int], list[int], list[int]]:
         """(prompt, chosen, rejected), each response with its stop token unless a limit cut it."""
         prompt = self.prompt_ids(pair.question, history=pair.history, system=pair.system, think=pair.think)

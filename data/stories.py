@@ -315,7 +315,7 @@ def prepare(
     min_level: int,
     max_level: int,
     answers_at_once: float,
-    budgets: Mapping[Budget, float],
+    budgets: Mapping[Budget, float] = {},
     demonstrations: int,
     train_problems: int,
     test_problems: int,

@@ -38,6 +38,7 @@ from rlhf.config import (
     RuleReward,
     TargetLengthReward,
     nearest,
+    scheduled,
 )
 from rlhf.distributed import loaded_whole
 from rlhf.types import Prompt, Rollout, Score, StepReward, Verdict
@@ -101,7 +102,9 @@ class CompositeReward:
         return "wrong" if cut else judged.verdict
 
     def _score(self, rollout: Rollout, verdict: Verdict, judged: Grade, values: Mapping[str, Value]) -> Score:
-        weights = {name: weight_at(part.options, self.batch) for name, part in self.parts.items()}
+        weights = {
+            name: scheduled(part.options.weight, part.options.schedule, self.batch) for name, part in self.parts.items()
+        }
         components = {name: _total(value) for name, value in values.items() if _decided(value)}
         missing = [name for name in values if name not in components and name in self._counting(weights)]
         if verdict == "undecided" or missing:
@@ -155,18 +158,6 @@ def applies(condition: Applies, prompt: Prompt, verdict: Verdict) -> bool:
         if (value not in wanted) if wanted else (value == ""):
             return False
     return True
-
-
-def weight_at(options: RewardComponent, batch: int) -> float:
-    """The weight of a component in rollout batch number `batch`, from 1: a function of its arguments, so that a resumed run repeats it.
-
-    w = weight + (to - weight) clip((batch - first) / (last - first), 0, 1)
-    """
-    schedule = options.schedule
-    if schedule is None:
-        return options.weight
-    way = (batch - schedule.first_batch) / (schedule.last_batch - schedule.first_batch)
-    return options.weight + (schedule.to - options.weight) * min(max(way, 0.0), 1.0)
 
 
 def _shaped(raw: float, options: RewardComponent) -> float:

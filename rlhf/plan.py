@@ -303,6 +303,11 @@ def _online_parts(
         )
     if config.reference is not None:
         parts += _reference_parts(config, policy, shapes, sharding, machine, largest)
+    if (
+        config.retention.elastic is not None
+    ):  # F of the plain weights; without adapters the weights it holds on to besides
+        copies = 1 if policy.lora is not None else 2
+        parts.append(Part(name="elastic anchor", when=ALWAYS, size=4.0 * copies * policy.parameters))
     for reward in config.rewards:
         if isinstance(reward, ModelReward):
             shape, name = shapes[reward.kind], reward.kind.replace("_", " ")

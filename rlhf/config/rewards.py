@@ -6,25 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rlhf.config.sections import PositiveInt, Section, Think
-
-
-class WeightSchedule(Section):
-    """A component's weight moves in a straight line to another one, by the number of the rollout batch: from 1, as in metrics.jsonl."""
-
-    to: float
-    first_batch: PositiveInt = 1
-    """Up to it, it is the component's `weight`."""
-    last_batch: PositiveInt
-    """From it on, it is `to`."""
-
-    @model_validator(mode="after")
-    def _batches_in_order(self) -> WeightSchedule:
-        if self.first_batch >= self.last_batch:
-            raise ValueError(
-                f"first_batch is {self.first_batch} and last_batch is {self.last_batch}; the weight moves between them, so raise last_batch"
-            )
-        return self
+from rlhf.config.sections import PositiveInt, Schedule, Section, Think
 
 
 class Applies(Section):
@@ -51,7 +33,8 @@ class RewardComponent(Section):
     kind: str
     """What it is; the same as the name by default."""
     weight: float = 1.0
-    schedule: WeightSchedule | None = None
+    schedule: Schedule | None = None
+    """Of the weight."""
     scale: Annotated[float, Field(gt=0)] = 1.0
     """Raw values are divided by it."""
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -137,8 +120,8 @@ class ProcessRewardModelReward(ModelReward):
 
     kind: Literal["process_reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     step_value: Literal["probability", "signed"] = "probability"
-    """p, the probability that the step is right, or 2 p - 1, with which a step that is more likely wrong than right costs something: what
-    algorithm.step_credit `min` is made for, as behind the worst step it counts 0."""
+    """p, the probability that the step is right, or 2 p - 1, with which a step that is more likely wrong than right costs something.
+    algorithm.step_credit `min` needs the latter: behind the worst step it counts 0, which no probability is below."""
     aggregate: Literal["min", "product", "mean", "last"] | None = None
     """One number for the whole completion, of the steps' probabilities; by default every step earns its own (algorithm.step_credit)."""
     tokens_per_batch: PositiveInt = 16_384

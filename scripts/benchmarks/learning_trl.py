@@ -10,9 +10,9 @@ from benchmarks.learning import Clock, is_spent
 from data.chat import ChatRenderer
 from data.records import Problem, read_records
 from rlhf.config import GRPO
+from rlhf.curriculum import prompt_stream
 from rlhf.models import load_causal_lm, load_tokenizer
 from rlhf.run import say
-from rlhf.trainers.online import prompt_stream
 from rlhf.types import Rollout, Score
 
 

@@ -26,9 +26,11 @@ from rlhf.config import (
     BuildModel,
     Config,
     CurateData,
+    EstimateFisher,
     Evaluate,
     EvaluateProcess,
     EvaluateThinking,
+    Forgetting,
     GenerateTraces,
     GSM8KSource,
     JudgeReward,
@@ -66,8 +68,15 @@ def record_files(config: Config) -> list[tuple[str, type, str]]:
             ("heldout_steps", LabelledSteps, config.heldout_steps),
         ]
     if isinstance(config, Online):
-        return [("problems", Problem, config.problems), ("demonstrations", Demonstration, config.demonstrations)]
-    if isinstance(config, LabelSteps | MakePairs | GenerateTraces | EvaluateThinking) or (
+        found = [("problems", Problem, config.problems), ("demonstrations", Demonstration, config.demonstrations)]
+        ptx, adaptive = config.retention.ptx, config.retention.adaptive
+        found += [("retention.ptx.demonstrations", Demonstration, ptx.demonstrations)] if ptx else []
+        return found + ([("retention.adaptive.problems", Problem, adaptive.problems)] if adaptive else [])
+    if isinstance(config, Forgetting):
+        return [(f"suites.{name}.problems", Problem, s.problems) for name, s in config.suites.items() if s.problems]
+    if isinstance(config, EstimateFisher) and config.demonstrations is not None:
+        return [("demonstrations", Demonstration, config.demonstrations)]
+    if isinstance(config, LabelSteps | MakePairs | GenerateTraces | EvaluateThinking | EstimateFisher) or (
         isinstance(config, Evaluate) and config.problems is not None
     ):
         return [("problems", Problem, config.problems or "")]
@@ -91,6 +100,10 @@ def model_folders(config: Config) -> list[tuple[str, str]]:
         rewards = config.rewards if isinstance(config, MakePairs) else ()
         models = [(f"rewards.{r.name}.path", r.path) for r in rewards if isinstance(r, ModelReward)]
         return [("policy.path", config.policy.path), *models]
+    if isinstance(config, EstimateFisher):
+        return [("model.path", config.model.path)]
+    if isinstance(config, Forgetting):
+        return [("before.path", config.before.path), ("after.path", config.after.path)]
     if isinstance(config, CurateData):
         return [("difficulty.policy.path", config.difficulty.policy.path)] if config.difficulty else []
     if not isinstance(config, Online):
