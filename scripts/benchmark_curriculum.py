@@ -64,7 +64,7 @@ def prepare(baseline: str) -> None:
     write_records(heldout_problems(), FOLDER / "heldout.jsonl")
     command = [
         "scripts/train_sft.py", "--config", "recipes/tiny/sft.yaml", f"model.path={baseline}", f"output_dir={FOLDER}/sft",
-        f"demonstrations={FOLDER}/demonstrations.jsonl", "training.num_steps=200", "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=10",
+        f"demonstrations={FOLDER}/demonstrations.jsonl", "training.num_steps=120", "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=10",
     ]  # fmt: skip
     subprocess.run([sys.executable, *command], check=True, env=os.environ, preexec_fn=die_with_parent)
 

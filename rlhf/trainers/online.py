@@ -315,8 +315,9 @@ class OnlineTrainer:
         training_state.restore(checkpoint, state, self.updater.learners, self.updater.followers)
         self.updater.restore(state)
         self.watch.restore(state["watch"])
-        self.curriculum.restore(state["curriculum"])
-        if self.replay is not None and state["replay"] is not None:
+        if "curriculum" in state:
+            self.curriculum.restore(state["curriculum"])
+        if self.replay is not None and state.get("replay") is not None:
             self.replay.restore(load_file(checkpoint / "replay.safetensors"), state["replay"])
         self.first_batch, self.prompts_used, self.last_row = state["batch"], state["prompts_used"], state["metrics"]
         buffers = training_state.restore_rank(
