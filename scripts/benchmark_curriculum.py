@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import train_grpo
-from benchmarks.curriculum import KEPT, draw_race, load_runs, put_run, race_table, reached
+from benchmarks.curriculum import draw_race, load_runs, put_run, race_table, reached
 from benchmarks.mixture import demonstrations, heldout_problems, training_problems
 
 from data.chat import ChatRenderer
@@ -129,7 +129,7 @@ def run(arms: list[str], seeds: list[int], label: str | None, changes: list[str]
                     "changes": [*ARMS[one[0]], *changes],
                     "commit": git_revision(),
                     "measured": trainer.measured,
-                    "batches": [{k: row[k] for k in KEPT if k in row} for row in read_jsonl(trainer.metrics_file)],
+                    "batches": read_jsonl(trainer.metrics_file),
                 },
             )
 

@@ -461,7 +461,7 @@ class OnlineTrainer:
         """Advantages from scores, and from the reference and the critic where the recipe has them."""
         kl = values = None
         if self.updater.reference is not None and self.config.algorithm.kl_in == "reward":
-            kl = self.updater.kl_to_reference(rollouts, self.config.rollout.temperature_at(batch))
+            kl = self.updater.kl_to_reference(rollouts, batch=batch)
             metrics.add("policy/kl_reference", total=sum(k.sum().item() for k in kl), count=sum(len(k) for k in kl))
         if self.updater.critic is not None:
             values = self.updater.values(rollouts)
