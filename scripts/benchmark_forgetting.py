@@ -9,6 +9,7 @@ It starts from the policy that `make demo` trains. One process takes all runs, o
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -52,6 +53,7 @@ STEERS = "problems: outputs/forgetting/data/stories_heldout.jsonl, every_batches
 ARMS = {
     "none": [],
     "kl": KL,
+    "kl-k2": [KL[0], "algorithm.kl_estimator=k2", "algorithm.kl_coefficient=0.1"],
     "ewc": EWC,
     "ptx": PTX,
     "adaptive": [*PTX, *WEAK, f"retention.adaptive={{steers: ptx, {STEERS}}}"],
@@ -118,7 +120,10 @@ class Bench:
         trainer.bench = self
         trainer.train()
         trainer.save(renderer.tokenizer)
-        return trainer.curve
+        curve = trainer.curve
+        del trainer, policy
+        gc.collect()  # models and optimizer, which refer to one another
+        return curve
 
 
 class WatchedTrainer(OnlineTrainer):
@@ -175,7 +180,7 @@ def run(arms: Sequence[str], seeds: Sequence[int], label: str | None, changes: S
                     "curve": curve,
                 }
                 results["runs"] = sorted([*results["runs"], row], key=place)
-                write_results(file, {**results, "runs": results["runs"]})
+                write_results(file, results)
 
 
 def place(run: dict[str, Any]) -> tuple[int, str, int]:
