@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from rlhf.advantages import (
     normalised_components,
     normalised_deviations,
     normalised_steps,
+    of_own_step,
+    pass_at_k,
     softmin_rewards,
     sum_of_future,
     token_rewards,
@@ -23,6 +26,7 @@ from rlhf.advantages import (
     whitened,
 )
 from rlhf.config import GRPO, PPO, Online
+from rlhf.diversity import distinct_share, self_bleu, thought_and_answer
 from rlhf.metrics import Metrics
 from rlhf.repetition import repeated_share
 from rlhf.types import Rollout, Score
@@ -104,7 +108,9 @@ def estimate(
     return Experience(
         list(rollouts),
         list(scores),
-        tuple(a if t else torch.zeros_like(a) for a, t in zip(advantages, trained, strict=True)),
+        tuple(
+            a * r.weight if t else torch.zeros_like(a) for a, t, r in zip(advantages, trained, rollouts, strict=True)
+        ),
         trained,
         values,
         returns,
@@ -168,7 +174,10 @@ def sequence_advantages(scores: Sequence[Score], config: GRPO, penalties: Sequen
             weighted = filled_components(table.scaled * table.weights, table.applies, over_batch=over_batch)
             rewards = weighted.sum(2).flatten()
         rewards = (rewards - torch.tensor(penalties) if penalties is not None else rewards).view(-1, size)
-        estimator = ADVANTAGES[algorithm.advantage]
+        if algorithm.pass_at is not None:
+            estimator = partial(pass_at_k, k=algorithm.pass_at)
+        else:
+            estimator = ADVANTAGES[algorithm.advantage]
         advantages[decided] = estimator(rewards[decided], scale_by_std=algorithm.scale_by_std)
     return advantages.flatten()
 
@@ -208,7 +217,7 @@ def step_advantages(scores: Sequence[Score], lengths: Sequence[int], config: GRP
 def credited(rewards: Tensor, samples: Tensor, positions: Tensor, lengths: Tensor, config: GRPO) -> Tensor:
     """[N] advantages of the tokens of B rollouts from the rewards of S steps: [S], [S], [S], [B] -> [N].
 
-    With the sum, steps are compared and their future added up. With the minimum it is the returns of the tokens that are compared, those
+    With the sum, steps are compared and their future added up; with `own`, they are compared and stand for themselves. With the minimum it is the returns of the tokens that are compared, those
     of the completions that have a step: the paper's baseline, the mean over the other samples' tokens, but over as many as
     they have, where it divides by the longest length allowed.
     """
@@ -218,8 +227,9 @@ def credited(rewards: Tensor, samples: Tensor, positions: Tensor, lengths: Tenso
         "advantage": algorithm.advantage,
         "scale_by_std": algorithm.scale_by_std,
     }
-    if algorithm.step_credit == "sum":
-        return sum_of_future(normalised_steps(rewards, samples, **compared), samples, positions, lengths)
+    if algorithm.step_credit != "min":
+        credit = sum_of_future if algorithm.step_credit == "sum" else of_own_step
+        return credit(normalised_steps(rewards, samples, **compared), samples, positions, lengths)
     worst = softmin_rewards(rewards, samples, len(lengths), temperature=algorithm.step_temperature)
     returns = sum_of_future(worst, samples, positions, lengths)
     of_tokens = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -299,10 +309,20 @@ def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metr
                 metrics.add(f"weighted/{name}", total=value, count=1)
     for start in range(0, len(scores), group_size):
         group = scores[start : start + group_size]
+        if group_size > 1:
+            _describe_diversity(rollouts[start : start + group_size], metrics)
         values = [score.value for score in group if score.value is not None]
         if len(values) == group_size > 1:
             metrics.add("reward/group_std", total=torch.tensor(values).std().item(), count=1)
             metrics.add("reward/groups_with_signal", total=has_signal(group), count=1)
+
+
+def _describe_diversity(group: Sequence[Rollout], metrics: Metrics) -> None:
+    """How different the samples of one prompt are."""
+    thoughts, answers = zip(*(thought_and_answer(rollout.text) for rollout in group), strict=True)
+    metrics.add("rollout/distinct_scratchpads", total=distinct_share(thoughts), count=1)
+    metrics.add("rollout/distinct_answers", total=distinct_share(answers), count=1)
+    metrics.add("rollout/self_bleu", total=self_bleu([rollout.token_ids for rollout in group]), count=1)
 
 
 def describe_advantages(experience: Experience, metrics: Metrics, config: Online) -> None:

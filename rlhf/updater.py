@@ -144,6 +144,8 @@ class Updater:
         self.policy_version = 0
         self.kl_coefficient = config.algorithm.kl_coefficient
         self.entropy_coefficient, self._last_entropy = config.algorithm.entropy_coefficient, math.inf
+        self._temperature = config.rollout.temperature
+        """Of the rollout batch at hand."""
 
     @property
     def unwrapped(self) -> Any:
@@ -178,11 +180,10 @@ class Updater:
 
     # ------------------------------------------------------------------------------------------- before the update, without gradient
 
-    def kl_to_reference(self, rollouts: Sequence[Rollout]) -> PerRollout:
+    def kl_to_reference(self, rollouts: Sequence[Rollout], temperature: float) -> PerRollout:
         """Estimates of KL(sampler || reference) for each token; the sampler's own log-probabilities, so the policy is not run again."""
         assert self.reference is not None
         reference, estimator = self.reference, KL[self.config.algorithm.kl_estimator]
-        temperature = self.config.rollout.temperature
         return self._per_rollout(
             rollouts,
             lambda batch: estimator(batch.sampler_logprobs, reference.logprobs(batch, temperature).cpu()),
@@ -242,6 +243,10 @@ class Updater:
         """
         if self.config.policy.router_replay:
             require_experts(experience.rollouts)
+        self._temperature = self.config.rollout.temperature_at(batch)
+        if self.config.algorithm.entropy_schedule is not None:
+            self.entropy_coefficient = self.config.algorithm.entropy_coefficient_at(batch)
+            metrics.add("policy/entropy_coefficient", total=self.entropy_coefficient, count=1)
         training, size = self.config.training, self.config.rollout.samples_per_prompt
         rows_per_minibatch = len(experience.rollouts) // size // training.minibatches_per_batch * size
         plans = self._plans = [
@@ -302,7 +307,7 @@ class Updater:
         everything = (
             self.critic is not None
             or (self.reference is not None and algorithm.kl_in == "loss")
-            or algorithm.entropy_coefficient > 0
+            or self.entropy_coefficient > 0
             or algorithm.entropy_target is not None
             or algorithm.top_entropy_share < 1
             or self.config.policy.router_aux_coefficient > 0
@@ -337,7 +342,7 @@ class Updater:
         )
 
     def _forward(self, micro: MicroBatch, expected: Tensor | None = None) -> Scored:
-        return self.policy.module(micro.batch, self.config.rollout.temperature, expected)
+        return self.policy.module(micro.batch, self._temperature, expected)
 
     @torch.no_grad()
     def _expert_load(self, batch: Batch) -> Tensor:
@@ -346,7 +351,7 @@ class Updater:
             assert batch.routed_experts is not None
             sampled = batch.routed_experts.index_select(0, batch.scored)
             return expert_load(sampled, self.policy.unwrapped.routers.num_experts)
-        return self.policy.module(batch, self.config.rollout.temperature).routing.load
+        return self.policy.module(batch, self._temperature).routing.load
 
     def _policy_step(self, plan: Sequence[MicroBatch], metrics: Metrics) -> None:
         algorithm, local = self.config.algorithm, Metrics()
@@ -464,7 +469,7 @@ class Updater:
             per_token = torch.where(focus, per_token, 0.0)
             local.add("policy/focus", total=focus.sum().item(), count=focus.numel())
         if self.reference is not None and algorithm.kl_in == "loss":
-            reference_logprobs = self.reference.logprobs(micro.batch, self.config.rollout.temperature)
+            reference_logprobs = self.reference.logprobs(micro.batch, self._temperature)
             kl = KL[algorithm.kl_estimator](logprobs, reference_logprobs)
             per_token = per_token + self.kl_coefficient * (off_policy(kl, ratio) if algorithm.kl_weighted else kl)
             local.add("policy/kl_reference", total=kl.sum().item(), count=kl.numel())

@@ -8,6 +8,7 @@ from reward_models.composite import build_reward, require_columns, require_reach
 from rlhf.card import fingerprint
 from rlhf.config import GRPO, PPO, ModelReward, Online, RuleReward, require_whole_weights
 from rlhf.critic import load_critic
+from rlhf.curriculum import Curriculum
 from rlhf.distributed import configured_zero_stage, loaded_whole, start
 from rlhf.elastic import load_fisher
 from rlhf.lora import adapt
@@ -34,10 +35,13 @@ def train_online(config: Online, run: Run) -> None:
         if isinstance(reward, ModelReward):
             check_model_path(reward.path, f"rewards.{reward.name}.path")
     tokenizer = load_tokenizer(config.policy.path, revision=config.policy.revision)
-    renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
-    prompts = [renderer.prompt(p.id, p.question, p.answer, p.columns) for p in problems]
+    renderer = ChatRenderer(tokenizer, config.chat.system_prompt, config.chat.think)
+    prompts = [renderer.problem_prompt(p) for p in problems]
     require_prompts_fit(prompts, config.rollout)
     require_columns(config, prompts)
+    Curriculum(
+        config.curriculum, prompts, seed=config.seed
+    )  # a column that is missing is found before a model is loaded
 
     fitting = reference_solutions(config, renderer, demonstrations)
     remembered = remember(config, renderer)
@@ -134,7 +138,7 @@ def _as_rollout(renderer: ChatRenderer, d: Demonstration) -> Rollout:
     """A reference solution as if the policy had written it."""
     text = renderer.completion(render_response(d.scratchpad, d.answer))
     token_ids = tuple(renderer.response_ids(text))
-    prompt = renderer.prompt(d.id, d.question, d.answer)
+    prompt = renderer.prompt(d.id, d.question, d.answer, {"think": d.think} if d.think else None)
     return Rollout(
         prompt=prompt,
         token_ids=token_ids,
