@@ -43,7 +43,7 @@ def pool_table(rows: Rows, *, num_lines: int = 10) -> str:
 
 def draw_rates(axis: Any, rows: Rows, key: str, title: str) -> Any:
     """The histogram of pass rates, a column a rollout batch; `key` is `rates` (all problems sampled so far) or `chosen`."""
-    shares = np.array([[row[f"curriculum/{key}_{i}"] for i in range(PASS_RATE_BINS)] for row in rows])
+    shares = np.array([[row.get(f"curriculum/{key}_{i}", 0.0) for i in range(PASS_RATE_BINS)] for row in rows])
     image = axis.imshow(
         shares.T, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(0.5, len(rows) + 0.5, 0, 1)
     )

@@ -180,10 +180,11 @@ class Updater:
 
     # ------------------------------------------------------------------------------------------- before the update, without gradient
 
-    def kl_to_reference(self, rollouts: Sequence[Rollout], temperature: float) -> PerRollout:
+    def kl_to_reference(self, rollouts: Sequence[Rollout], *, batch: int = 0) -> PerRollout:
         """Estimates of KL(sampler || reference) for each token; the sampler's own log-probabilities, so the policy is not run again."""
         assert self.reference is not None
         reference, estimator = self.reference, KL[self.config.algorithm.kl_estimator]
+        temperature = self.config.rollout.temperature_at(batch)
         return self._per_rollout(
             rollouts,
             lambda batch: estimator(batch.sampler_logprobs, reference.logprobs(batch, temperature).cpu()),

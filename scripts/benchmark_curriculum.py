@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import train_grpo
-from benchmarks.curriculum import KEPT, draw_race, load_runs, put_run, race_table, reached
+from benchmarks.curriculum import draw_race, load_runs, put_run, race_table, reached
 from benchmarks.mixture import demonstrations, heldout_problems, training_problems
 
 from data.chat import ChatRenderer
@@ -45,11 +45,15 @@ SETTINGS = (
     "rewards=[{name: correctness}]", "rollout.prompts_per_batch=8", "training.minibatches_per_batch=1", "training.num_batches=160",
     "training.completions_every=0", "training.checkpoint_every=1000", "watch.action='off'",
 )  # fmt: skip
+SMALL_GROUPS = ("curriculum={kind: signal}", "rollout.prompts_per_batch=16", "rollout.samples_per_prompt=4")
+"""Of which more are wrong from end to end."""
 ARMS = {
     "uniform": ("curriculum={kind: uniform, measure: true}",),
     "refill": ("curriculum={kind: uniform, measure: true}", "rollout.refill_rounds=3"),
     "signal": ("curriculum={kind: signal}",),
     "replay": ("curriculum={kind: replay}",),
+    "small_groups": SMALL_GROUPS,
+    "rescue": (*SMALL_GROUPS, "replay={}", "algorithm.sampler_correction=truncate"),
 }
 EVERY = 5
 """Rollout batches between measurements."""
@@ -64,7 +68,7 @@ def prepare(baseline: str) -> None:
     write_records(heldout_problems(), FOLDER / "heldout.jsonl")
     command = [
         "scripts/train_sft.py", "--config", "recipes/tiny/sft.yaml", f"model.path={baseline}", f"output_dir={FOLDER}/sft",
-        f"demonstrations={FOLDER}/demonstrations.jsonl", "training.num_steps=200", "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=10",
+        f"demonstrations={FOLDER}/demonstrations.jsonl", "training.num_steps=120", "optimizer.learning_rate=1e-3", "optimizer.warmup_steps=10",
     ]  # fmt: skip
     subprocess.run([sys.executable, *command], check=True, env=os.environ, preexec_fn=die_with_parent)
 
@@ -125,7 +129,7 @@ def run(arms: list[str], seeds: list[int], label: str | None, changes: list[str]
                     "changes": [*ARMS[one[0]], *changes],
                     "commit": git_revision(),
                     "measured": trainer.measured,
-                    "batches": [{k: row[k] for k in KEPT if k in row} for row in read_jsonl(trainer.metrics_file)],
+                    "batches": read_jsonl(trainer.metrics_file),
                 },
             )
 

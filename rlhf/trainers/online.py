@@ -333,8 +333,9 @@ class OnlineTrainer:
         training_state.restore(checkpoint, state, self.updater.learners, self.updater.followers)
         self.updater.restore(state)
         self.watch.restore(state["watch"])
-        self.curriculum.restore(state["curriculum"])
-        if self.replay is not None and state["replay"] is not None:
+        if "curriculum" in state:
+            self.curriculum.restore(state["curriculum"])
+        if self.replay is not None and state.get("replay") is not None:
             self.replay.restore(load_file(checkpoint / "replay.safetensors"), state["replay"])
         self.first_batch, self.prompts_used, self.last_row = state["batch"], state["prompts_used"], state["metrics"]
         buffers = training_state.restore_rank(
@@ -478,7 +479,7 @@ class OnlineTrainer:
         """Advantages from scores, and from the reference and the critic where the recipe has them."""
         kl = values = None
         if self.updater.reference is not None and self.config.algorithm.kl_in == "reward":
-            kl = self.updater.kl_to_reference(rollouts, self.config.rollout.temperature_at(batch))
+            kl = self.updater.kl_to_reference(rollouts, batch=batch)
             metrics.add("policy/kl_reference", total=sum(k.sum().item() for k in kl), count=sum(len(k) for k in kl))
         if self.updater.critic is not None:
             values = self.updater.values(rollouts)

@@ -38,7 +38,9 @@ def load_runs(file: Path) -> list[dict[str, Any]]:
 
 
 def put_run(file: Path, run: dict[str, Any]) -> None:
-    """Put a run's figures into the JSON file, in the place of an older run of that name."""
+    """Put a run's figures into the JSON file, in the place of an older run of that name; what a batch lacks there is 0."""
+    kept = [{key: round(b[key], 4) for key in KEPT if b.get(key)} for b in run["batches"]]
+    run = {**run, "batches": kept}
     others = [r for r in load_runs(file) if (r["label"], r["seed"]) != (run["label"], run["seed"])]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"runs": sorted([*others, run], key=lambda r: (r["label"], r["seed"]))})
@@ -57,7 +59,7 @@ def race_table(runs: Sequence[Mapping[str, Any]]) -> str:
     for r in runs:
         when, base = reached(r["measured"]), tokens.get((BASELINE, r["seed"]))
         until = r["batches"][: int(when["batch"])] if when else r["batches"]
-        signal = statistics.fmean(b["reward/groups_with_signal"] for b in until)
+        signal = statistics.fmean(b.get("reward/groups_with_signal", 0.0) for b in until)
         spent = when["sampled_tokens"] if when else r["measured"][-1]["sampled_tokens"]
         shown = (
             f"{when['batch']} | {spent:,.0f}"
@@ -100,7 +102,7 @@ def draw_race(runs: Sequence[Mapping[str, Any]], picture: Path, *, seen: Sequenc
         measured = [(m["sampled_tokens"] / 1e3, m["accuracy"]) for m in r["measured"]]
         axes[0].plot(*zip(*measured, strict=True), color=color, alpha=0.8, label=r["label"] if first else None)
         smooth = [
-            statistics.fmean(b["reward/groups_with_signal"] for b in r["batches"][max(i - 9, 0) : i + 1])
+            statistics.fmean(b.get("reward/groups_with_signal", 0.0) for b in r["batches"][max(i - 9, 0) : i + 1])
             for i in range(len(r["batches"]))
         ]
         axes[1].plot([x / 1e3 for x in spent[1:]], smooth, color=color, alpha=0.8)

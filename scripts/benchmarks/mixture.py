@@ -1,6 +1,6 @@
 """The task mixture of scripts/benchmark_curriculum.py: stories that are too easy, too hard, or worth learning from.
 
-easy         one event: right at once and right with a scratchpad, so no sample is better than another
+easy         one event, demonstrated with a scratchpad only: right from the beginning
 impossible   amounts in the hundreds, which no demonstration has: always wrong
 learnable    three to five events: right with a scratchpad, wrong without one in nine of ten
 """
@@ -19,10 +19,8 @@ MIXTURE = {"easy": 280, "impossible": 80, "learnable": 40}
 """Training problems: 70 %, 20 %, 10 %."""
 HELDOUT = 100
 """Unseen learnable problems that the policy is measured on."""
-ANSWERS_AT_ONCE = {"easy": 0.5, "learnable": 0.6}
+ANSWERS_AT_ONCE = {"easy": 0.0, "learnable": 0.6}
 EASY_DEMONSTRATIONS = 0.35
-
-
 SFT_DEMONSTRATIONS = 6400
 
 

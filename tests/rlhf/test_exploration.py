@@ -90,7 +90,7 @@ def test_the_reference_is_asked_at_the_temperature_of_the_batch(make_trainer, mo
         f"reference={{path: {model_folder}}}",
     )  # fmt: skip
     rollouts = trainer.sample(trainer.prompts[:2], 2)
-    kl = trainer.updater.kl_to_reference(rollouts, 0.5)
+    kl = trainer.updater.kl_to_reference(rollouts, batch=2)
     model = perturbed(trainer.unwrapped)  # as the fixture's reference is
     tokens = torch.tensor([[*rollouts[0].prompt.token_ids, *rollouts[0].token_ids]])
     with torch.no_grad():
