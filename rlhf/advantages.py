@@ -238,6 +238,24 @@ def sum_of_future(steps: Tensor, samples: Tensor, positions: Tensor, lengths: Te
     return _laid_end_to_end(_padded(ends, lengths).flip(1).cumsum(1).flip(1), lengths)
 
 
+def of_own_step(steps: Tensor, samples: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    """What a token is responsible for when steps do not answer for each other: [S], [S], [S], [B] -> [N].
+
+        A_t = the step that t lies in, the sum of them where several end at one token; 0 behind the last one
+
+    It is `sum_of_future` discounted by 0 from step to step: without the noise of later steps, and blind to what a step makes of them.
+    Arguments are those of `sum_of_future`.
+    """
+    at = (lengths.cumsum(0) - lengths)[samples] + positions
+    num_tokens = int(lengths.sum())
+    ends = steps.new_zeros(num_tokens + 1).index_add(0, at, steps)
+    none = torch.full((num_tokens + 1,), num_tokens, device=at.device)
+    next_end = none.scatter(0, at, at).flip(0).cummin(0).values.flip(0)[:num_tokens]
+    of_tokens = torch.repeat_interleave(torch.arange(len(lengths), device=at.device), lengths)
+    of_ends = torch.cat([of_tokens, of_tokens.new_full((1,), -1)])
+    return torch.where(of_ends[next_end] == of_tokens, ends[next_end], 0.0)
+
+
 def softmin_rewards(rewards: Tensor, samples: Tensor, num_samples: int, *, temperature: float) -> Tensor:
     """PURE (https://arxiv.org/abs/2504.15275): the rewards of steps whose sum is the least of them, softly: [S], [S] -> [S].
 

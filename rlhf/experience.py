@@ -17,6 +17,7 @@ from rlhf.advantages import (
     normalised_components,
     normalised_deviations,
     normalised_steps,
+    of_own_step,
     pass_at_k,
     softmin_rewards,
     sum_of_future,
@@ -216,7 +217,7 @@ def step_advantages(scores: Sequence[Score], lengths: Sequence[int], config: GRP
 def credited(rewards: Tensor, samples: Tensor, positions: Tensor, lengths: Tensor, config: GRPO) -> Tensor:
     """[N] advantages of the tokens of B rollouts from the rewards of S steps: [S], [S], [S], [B] -> [N].
 
-    With the sum, steps are compared and their future added up. With the minimum it is the returns of the tokens that are compared, those
+    With the sum, steps are compared and their future added up; with `own`, they are compared and stand for themselves. With the minimum it is the returns of the tokens that are compared, those
     of the completions that have a step: the paper's baseline, the mean over the other samples' tokens, but over as many as
     they have, where it divides by the longest length allowed.
     """
@@ -226,8 +227,9 @@ def credited(rewards: Tensor, samples: Tensor, positions: Tensor, lengths: Tenso
         "advantage": algorithm.advantage,
         "scale_by_std": algorithm.scale_by_std,
     }
-    if algorithm.step_credit == "sum":
-        return sum_of_future(normalised_steps(rewards, samples, **compared), samples, positions, lengths)
+    if algorithm.step_credit != "min":
+        credit = sum_of_future if algorithm.step_credit == "sum" else of_own_step
+        return credit(normalised_steps(rewards, samples, **compared), samples, positions, lengths)
     worst = softmin_rewards(rewards, samples, len(lengths), temperature=algorithm.step_temperature)
     returns = sum_of_future(worst, samples, positions, lengths)
     of_tokens = torch.repeat_interleave(torch.arange(len(lengths)), lengths)

@@ -51,8 +51,11 @@ MEANING = {
     "critic/grad_norm": "gradient norm of the critic before clipping, mean over the batch's optimizer steps",
     "train/tokens": "tokens a forward pass computes, padding included, mean over the batch's micro-batches",
     "train/tokens_per_second": "completion tokens trained on per second of training and rank, once per batch whatever the passes",
+    "retention/ability": "accuracy on retention.adaptive.problems, one sample each, after the batch; only where it was measured",
+    "retention/elastic": "1/2 sum F (weight - weight before)^2, before its coefficient, mean over the batch's optimizer steps",
+    "retention/factor": "what retention.adaptive multiplies its control's coefficient with from here on",
+    "retention/ptx": "mean negative log-likelihood in nats of a response token of retention.ptx.demonstrations",
     "sync/error": "nats per token between engine and trainer on the probe after the sync",
-    "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong and repetition",
     "rollout/temperature": "of the batch, with rollout.temperature_schedule",
     "policy/entropy_coefficient": "of the batch, with algorithm.entropy_schedule",
     "rollout/distinct_scratchpads": "different scratchpads among the samples of a prompt: 0 when they are all the same, 1 when no two are",
@@ -72,6 +75,7 @@ MEANING = {
         for key, what in (("rates", "the problems sampled so far"), ("chosen", "the problems sampled for this batch"))
         for i in range(PASS_RATE_BINS)
     },
+    "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong, repetition, cosine and target_length",
     "seconds/rollout": "time sampling",
     "seconds/reward": "time scoring",
     "seconds/train": "time in forward, backward and optimizer",

@@ -39,7 +39,7 @@ KEYS = (
     "batch", "step", "reward/total", "reward/correctness", "reward/group_std", "rollout/length", "rollout/repetition", "rollout/distinct_scratchpads",
     "policy/kl_reference", SURFACE,
 )  # fmt: skip
-SURFACE_KINDS = ("format", "length", "overlong", "repetition")
+SURFACE_KINDS = ("format", "length", "overlong", "repetition", "cosine", "target_length")
 NUM_COMPLETIONS = 10
 """Completions that an alarm shows."""
 

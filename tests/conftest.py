@@ -1,5 +1,7 @@
 """Fixtures: a tiny real model and tokenizer, built once a session."""
 
+import dataclasses
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -8,15 +10,20 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from itertools import islice
 
+import hypothesis
 import pytest
 import torch
+from transformers import AutoModelForTokenClassification
 
 from data.chat import ChatRenderer, render_response
 from data.stories import generate_stories, to_demonstration
 from data.tokenizer import train_tokenizer
+from reward_models.process import DESCRIPTION, Description
 from rlhf.config import Architecture
 from rlhf.models import build_qwen3
 
+hypothesis.settings.register_profile("any_machine", deadline=None)  # a busy one is many times slower
+hypothesis.settings.load_profile("any_machine")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -53,6 +60,22 @@ def model_folder(tmp_path_factory, tokenizer, tiny_architecture):
     folder = tmp_path_factory.mktemp("models") / "base"
     build_qwen3(tiny_architecture, tokenizer, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def process_folder(tmp_path_factory, model_folder, tokenizer):
+    """A process model whose head was drawn at random."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("process")
+    model = AutoModelForTokenClassification.from_pretrained(model_folder, num_labels=1)
+    torch.nn.init.normal_(model.score.weight, std=1.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    description = Description(
+        head="classification", separator="\n", opening="<think>\n", right_token=None, wrong_token=None, threshold=0.5
+    )
+    (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description)))
     return str(folder)
 
 

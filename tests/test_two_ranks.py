@@ -213,7 +213,7 @@ def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, re
 
 
 @pytest.fixture(scope="module")
-def models(model_folder, judge_folder, tokenizer, tmp_path_factory):
+def models(model_folder, judge_folder, process_folder, tokenizer, tmp_path_factory):
     """A dense model and two mixtures of experts, one with fused experts and many, one with few."""
     shape = dict(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
@@ -229,9 +229,11 @@ def models(model_folder, judge_folder, tokenizer, tmp_path_factory):
     return {
         "base": model_folder,
         "four_bits": model_folder,
+        "retained": model_folder,
         "moe": folder / "moe",
         "mixtral": folder / "mixtral",
         "judge": judge_folder,
+        "process": process_folder,
     }
 
 
@@ -252,6 +254,7 @@ def steps_of_one_rank(models, tmp_path_factory):
     assert {key for key in weights if key.endswith("grad_norm")} == {
         "grpo.policy/grad_norm", "entropy.policy/grad_norm", "average.policy/grad_norm", "frozen.policy/grad_norm", "ppo.policy/grad_norm",
         "ppo.critic/grad_norm", "moe.policy/grad_norm", "mixtral.policy/grad_norm", "four bits.policy/grad_norm",
+        "retained.policy/grad_norm", "ptx.policy/grad_norm",
     }  # fmt: skip
     return weights
 
@@ -260,16 +263,16 @@ def steps_of_one_rank(models, tmp_path_factory):
 @pytest.mark.parametrize(
     ("accelerate_config", "chosen"),
     [
-        ("ddp", {"base", "moe", "four_bits"}),
+        ("ddp", {"base", "moe", "four_bits", "retained"}),
         ("zero1", {"moe"}),
-        ("zero2", {"base", "four_bits"}),
-        ("pieces", {"base", "moe", "mixtral", "judge"}),
+        ("zero2", {"base", "four_bits", "retained"}),
+        ("pieces", {"base", "moe", "mixtral", "judge", "process"}),
         pytest.param("zero3_offload", {"moe"}, marks=pytest.mark.long),  # builds DeepSpeed's optimizer for CPUs first
     ],
 )
 def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_rank, tmp_path, accelerate_config, chosen):
     """GRPO, with LoRA and an entropy mask over all ranks, with a moving average as reference, of mixtures of experts; PPO with its critic;
-    and a reward model in pieces, which one rank asks more than the other."""
+    and an outcome and a process model in pieces, which one rank asks more than the other."""
     two = weights_after(accelerate_config, 2, {name: models[name] for name in chosen}, tmp_path / "weights")
     if "base" in chosen:
         assert (two["poisoned.running"], two["poisoned.changed"]) == (

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 
 from reward_models.outcome import OutcomeModel
+from reward_models.process import ProcessModel, Solution
 from rlhf.config import PPO, load_config
 from rlhf.critic import load_critic
 from rlhf.distributed import gather, is_sharded, leave, optimizer_state, start, whole, zero_stage
@@ -20,6 +21,7 @@ from rlhf.experience import Ranks, estimate
 from rlhf.lora import adapt
 from rlhf.metrics import Metrics
 from rlhf.models import load_causal_lm
+from rlhf.retention import Remembered
 from rlhf.shapes import moe_blocks
 from rlhf.types import Prompt, Rollout, Score
 from rlhf.updater import Updater
@@ -43,6 +45,13 @@ FAMILY = {
         "algorithm.kl_coefficient=0.1",
     ),
     "frozen": ("base", "grpo", "reference={kind: frozen, path: the model}", "algorithm.kl_coefficient=0.1"),
+    "retained": (
+        "retained",
+        "grpo",
+        "retention.elastic={fisher: made here, coefficient: 10}",
+        "retention.ptx={demonstrations: some rollouts, coefficient: 0.5, tokens_per_step: 60}",
+    ),
+    "ptx": ("base", "grpo", "retention.ptx={demonstrations: some rollouts, coefficient: 0.5, tokens_per_step: 60}"),
     "moe": ("moe", "grpo", "optimizer.warmup_steps=2", "policy.router_aux_coefficient=1"),
     "mixtral": (
         "mixtral",
@@ -118,7 +127,16 @@ def build(recipe, model, *overrides):
             torch.nn.init.normal_(critic.score.weight, std=0.3)
     frozen = config.reference is not None and config.reference.kind == "frozen"
     reference = load_causal_lm(model, revision=None, dtype="float32") if frozen else None
-    updater = Updater(config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=0)
+    torch.manual_seed(2)
+    remembered = Remembered(
+        fisher={name: torch.rand(p.shape) for name, p in policy.named_parameters()}
+        if config.retention.elastic
+        else None,
+        demonstrations=stored_rollouts()[0][:5] if config.retention.ptx else (),
+    )
+    updater = Updater(
+        config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=0, remembered=remembered
+    )
     return config, accelerator, updater
 
 
@@ -201,6 +219,24 @@ def scores_of_a_sharded_judge(model):
     return {"judge.first": one, "judge.last": other, "judge.every": scores[2]}
 
 
+def steps_judged_in_pieces(model):
+    """By a frozen process model in pieces: of 5 solutions the first rank has all, then the last one, and then every rank the 5."""
+    accelerator = start(0)
+    judge = ProcessModel.load(model, device=str(accelerator.device)).shard(accelerator)
+    if zero_stage(accelerator) == 3:
+        assert any(is_sharded(p) and p.numel() == 0 for p in judge._model.parameters()), "the process model is whole"
+    draw = random.Random(0)
+    solutions = [
+        Solution(input_ids=[draw.randrange(5, 200) for _ in range(length)], start=1, ends=[length // 2, length - 1])
+        for length in (4, 9, 5, 17, 6)
+    ]
+    first, last = accelerator.process_index == 0, accelerator.process_index == accelerator.num_processes - 1
+    counts = (5 if first else 0, 5 if last else 0, 5)
+    found = [judge.probabilities(solutions[:count], tokens_per_batch=20) for count in counts]  # 3 or 4 passes
+    one, other = (torch.tensor(gather(accelerator, of_rank)) for of_rank in found[:2])
+    return {"process.first": one, "process.last": other, "process.every": torch.tensor(found[2])}
+
+
 def main(output, *named_models):
     models = dict(pair.split("=", 1) for pair in named_models)
     weights = {
@@ -215,6 +251,8 @@ def main(output, *named_models):
         weights |= survives_a_poisoned_gradient(models["base"])
     if "judge" in models:
         weights |= scores_of_a_sharded_judge(models["judge"])
+    if "process" in models:
+        weights |= steps_judged_in_pieces(models["process"])
     if int(os.environ.get("RANK", "0")) == 0:
         save_file(weights, output)
 

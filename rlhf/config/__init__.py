@@ -13,6 +13,9 @@ from rlhf.config.loading import *
 from rlhf.config.models import *
 from rlhf.config.offline import *
 from rlhf.config.online import *
+from rlhf.config.preference import *
+from rlhf.config.retention import *
 from rlhf.config.rewards import *
 from rlhf.config.samples import *
 from rlhf.config.sections import *
+from rlhf.config.thinking import *

@@ -121,6 +121,8 @@ class GroupAlgorithm(Algorithm):
     """Divide by the standard deviation (GRPO) or not (Dr. GRPO)."""
     normalise_components: bool = False
     """Compare each reward component within its group before they are added (GDPO); `advantage` is then not used."""
+    step_credit: Literal["sum", "min", "own"] = "sum"  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    """As above, or a token is responsible for its own step alone: the least noise, where a wrong step is not what an earlier one led to."""
 
     @model_validator(mode="after")
     def _components(self) -> GroupAlgorithm:

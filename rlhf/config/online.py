@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from rlhf.config.algorithm import Algorithm, Critic, GroupAlgorithm, PPOAlgorithm, Reference
 from rlhf.config.curriculum import Curriculum, Replay, UniformCurriculum
 from rlhf.config.models import Policy
-from rlhf.config.rewards import ModelReward, Reward, RuleReward
+from rlhf.config.retention import Retention, require_controls
+from rlhf.config.rewards import ModelReward, ProcessRewardModelReward, Reward, RuleReward
 from rlhf.config.sections import (
     Chat,
     Grader,
@@ -53,7 +54,7 @@ class Watch(Section):
     max_correctness_loss: Share = 0.1
     """That correctness may lose against its best window while the reward rises."""
     max_surface_share: Share = 0.5
-    """Of the variance behind the advantages, by components of the kinds format, length, overlong and repetition."""
+    """Of the variance behind the advantages, by components of the kinds format, length, overlong, repetition, cosine and target_length."""
     max_repetition: Share = 0.3
     """Share of the 8-grams of tokens that stood in the completion before; an alarm also needs twice that of the first window."""
     max_kl_slope: Annotated[float, Field(gt=0)] = 0.01
@@ -198,6 +199,7 @@ class Online(Section):
     optimizer: Optimizer
     guards: Guards = Guards()
     watch: Watch = Watch()
+    retention: Retention = Retention()
 
     @model_validator(mode="after")
     def _relations(self) -> Online:
@@ -265,6 +267,12 @@ class Online(Section):
                     f"rewards.{reward.name}.buffer_tokens is {reward.buffer_tokens}, more than rollout.max_new_tokens {self.rollout.max_new_tokens}; "
                     "every completion would be punished: lower it"
                 )
+            of_steps = isinstance(reward, ProcessRewardModelReward) and reward.aggregate is None
+            if of_steps and reward.step_value == "probability" and self.algorithm.step_credit == "min":
+                raise ValueError(
+                    f"algorithm.step_credit is min and rewards.{reward.name}.step_value is probability: what follows the worst step counts 0, which no "
+                    "probability is below, so right steps would be held down; set step_value to signed"
+                )
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(
@@ -292,6 +300,7 @@ class Online(Section):
             raise ValueError(
                 f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported"
             )
+        require_controls(self)
         return self
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rlhf.config.sections import PositiveInt, Schedule, Section
+from rlhf.config.sections import PositiveInt, Schedule, Section, Think
 
 
 class Applies(Section):
@@ -66,6 +66,37 @@ class RuleReward(RewardComponent):
         return self
 
 
+class CosineReward(RewardComponent):
+    """From `at_zero` tokens to `at_limit` tokens, rollout.max_new_tokens, along half a cosine (reward_models/verifiable.py)."""
+
+    kind: Literal["cosine"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    at_zero: float
+    """Value of an empty completion."""
+    at_limit: float
+    """Value of one of rollout.max_new_tokens."""
+    exceeded: float | None = None
+    """Value of one that was cut by it; at_limit by default."""
+
+
+class TargetLengthReward(RewardComponent):
+    """How near a completion's length is to the target of its prompt's thinking budget (reward_models/verifiable.py)."""
+
+    kind: Literal["target_length"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    tokens: dict[Think, PositiveInt] = {}
+    """Target of each budget that is a word; numbers are their own."""
+    form: Literal["exact", "at_most"] = "exact"
+    """L1-Exact, minus the distance, or L1-Max, which should be gated by correctness."""
+    per_token: Annotated[float, Field(gt=0)] = 0.0003
+    slack: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of `at_most`: the value at the target; 0.5 by default."""
+
+    @model_validator(mode="after")
+    def _slack_belongs_to_at_most(self) -> TargetLengthReward:
+        if self.form == "exact" and self.slack is not None:
+            raise ValueError(f"form is exact and slack is {self.slack}, which only at_most reads; remove it")
+        return self
+
+
 class ModelReward(RewardComponent):
     """A trained model that judges completions."""
 
@@ -89,8 +120,8 @@ class ProcessRewardModelReward(ModelReward):
 
     kind: Literal["process_reward_model"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     step_value: Literal["probability", "signed"] = "probability"
-    """p, the probability that the step is right, or 2 p - 1, with which a step that is more likely wrong than right costs something: what
-    algorithm.step_credit `min` is made for, as behind the worst step it counts 0."""
+    """p, the probability that the step is right, or 2 p - 1, with which a step that is more likely wrong than right costs something.
+    algorithm.step_credit `min` needs the latter: behind the worst step it counts 0, which no probability is below."""
     aggregate: Literal["min", "product", "mean", "last"] | None = None
     """One number for the whole completion, of the steps' probabilities; by default every step earns its own (algorithm.step_credit)."""
     tokens_per_batch: PositiveInt = 16_384
@@ -180,8 +211,10 @@ REWARD_CLASSES = {
     "reward_model": "RewardModelReward",
     "process_reward_model": "ProcessRewardModelReward",
     "judge": "JudgeReward",
+    "cosine": "CosineReward",
+    "target_length": "TargetLengthReward",
 }
-"""Kinds of component that are no rules, and their classes."""
+"""Kinds of component with keys of their own, and their classes."""
 
 
 def _reward_class(raw: Any) -> str:
@@ -196,6 +229,8 @@ Reward = Annotated[
     | Annotated[ProcessRewardModelReward, Tag("ProcessRewardModelReward")]
     | Annotated[RewardServerReward, Tag("RewardServerReward")]
     | Annotated[JudgeReward, Tag("JudgeReward")]
+    | Annotated[CosineReward, Tag("CosineReward")]
+    | Annotated[TargetLengthReward, Tag("TargetLengthReward")]
     | Annotated[RuleReward, Tag("RuleReward")],
     Discriminator(_reward_class),
 ]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
+
+
+def _as_word(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
+Think = Annotated[str, BeforeValidator(_as_word), Field(pattern=r"^(off|short|long|[1-9]\d*)$")]
+"""A thinking budget: a word, or a number of tokens."""
 
 
 class Section(BaseModel):
@@ -57,6 +65,8 @@ class Chat(Section):
     """How questions are put to the model, the same in every stage."""
 
     system_prompt: str | None = None
+    think: Think | None = None
+    """Thinking budget of the questions whose record has none of its own (data/chat.py); by default those have none."""
 
 
 class Optimizer(Section):

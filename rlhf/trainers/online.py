@@ -35,6 +35,7 @@ from rlhf.lora import save_model
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
 from rlhf.quantization import has_quantised
 from rlhf.replay import ReplayBuffer, successes
+from rlhf.retention import NOTHING, Remembered
 from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.rollout_buffer import RolloutBuffer, unjudged
 from rlhf.run import Run, git_revision, peak_memory_gb, say
@@ -62,6 +63,7 @@ class OnlineTrainer:
         probes: sequences for the freshness check.
         pad_token_id: of the tokenizer.
         run: where metrics and checkpoints go.
+        remembered: what the recipe's controls of forgetting are about.
     """
 
     def __init__(
@@ -78,11 +80,18 @@ class OnlineTrainer:
         probes: Sequence[Probe],
         pad_token_id: int,
         run: Run,
+        remembered: Remembered = NOTHING,
     ) -> None:
         self.config, self.accelerator, self.engine = config, accelerator, engine
         self.prompts, self.reward_fn, self.run = prompts, reward_fn, run
         self.updater = Updater(
-            config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=pad_token_id
+            config,
+            accelerator,
+            policy=policy,
+            reference=reference,
+            critic=critic,
+            pad_token_id=pad_token_id,
+            remembered=remembered,
         )
         self.first_batch = self.prompts_used = 0
         self.curriculum = Curriculum(config.curriculum, prompts, seed=config.seed)
@@ -142,6 +151,7 @@ class OnlineTrainer:
         """
         training = self.config.training
         history = []
+        self._look_back(0, Metrics())
         for batch in range(self.first_batch, training.num_batches):
             if self.ahead is not None:
                 self.ahead.go_to(min(batch + training.max_staleness, training.num_batches - 1))
@@ -151,6 +161,7 @@ class OnlineTrainer:
             with _timed(seconds, "sync"):
                 freshness = self._push()
             require_one_policy(gather(self.accelerator, [freshness.level]))
+            self._look_back(batch + 1, metrics)
             metrics.add("sync/error", total=freshness.error, count=1)
             _describe_costs(buffer.experience, seconds, metrics)
             row = {"batch": batch + 1, "step": self.policy_version, **self._means(metrics)}
@@ -209,6 +220,13 @@ class OnlineTrainer:
         in_flight = server is not None and server.update_in_flight
         with nullcontext() if self.ahead is None or in_flight else self.ahead.between_batches():
             return self.sync.push(policy_version=self.policy_version)
+
+    def _look_back(self, batch: int, metrics: Metrics) -> None:
+        """After `batch` rollout batches: what is left of the held-out ability, where the recipe asks, and the coefficient that follows it."""
+        if self.updater.retention.is_due(batch):
+            with nullcontext() if self.ahead is None else self.ahead.between_batches():
+                self.updater.retention.look(self.engine, self.accelerator, metrics)
+            self.updater.follow_ability()
 
     def _update(self, buffer: RolloutBuffer, batch: int) -> None:
         """The optimizer steps that are left on a rollout batch, with checkpoints between them."""

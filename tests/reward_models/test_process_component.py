@@ -1,36 +1,17 @@
 """A process model as a component of a recipe's reward: rewards of steps, or one number for the whole."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForTokenClassification
 
 from reward_models.composite import build_reward
-from reward_models.process import DESCRIPTION, Description, ProcessModel
+from reward_models.process import ProcessModel
 from rlhf.config import load_config
 from rlhf.types import Prompt, Rollout
 
 RECIPE = Path(__file__).parents[2] / "recipes/tiny/grpo.yaml"
 STEPS = ["On Tuesday she finds 5: 7 + 5 = 12", "On Wednesday she loses 3: 12 - 3 = 8"]
-
-
-@pytest.fixture(scope="module")
-def process_folder(tmp_path_factory, model_folder, tokenizer):
-    """A process model whose head was drawn at random."""
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("process")
-    model = AutoModelForTokenClassification.from_pretrained(model_folder, num_labels=1)
-    torch.nn.init.normal_(model.score.weight, std=1.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    description = Description(
-        head="classification", separator="\n", opening="<think>\n", right_token=None, wrong_token=None, threshold=0.5
-    )
-    (folder / DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description)))
-    return str(folder)
 
 
 def rollout(renderer, *steps, answer="9"):

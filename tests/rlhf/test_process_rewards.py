@@ -46,6 +46,31 @@ def test_the_sum_compares_steps_and_adds_up_their_future():
     assert_close(second, torch.tensor([0.06 + 0.46, 0.46]))
 
 
+def test_a_token_answers_for_its_own_step_alone_and_for_none_behind_the_last():
+    # mean over the five steps 0.44; the second completion's steps end in one token
+    scores = [score((0, 0.9), (2, -1.0), (3, 0.9)), score((1, 0.5), (1, 0.9))]
+    first, second = step_advantages(scores, [5, 3], config("algorithm.step_credit=own"))
+    assert_close(first, torch.tensor([0.46, -1.44, -1.44, 0.46, 0.0]))
+    assert_close(second, torch.tensor([0.52, 0.52, 0.0]))
+
+
+def test_with_a_critic_a_step_cannot_stand_for_itself_as_the_discount_says_that():
+    with pytest.raises(ValueError, match="step_credit"):
+        load_config(RECIPE.parent / "ppo.yaml", ["algorithm.step_credit=own"])
+
+
+def test_the_minimum_of_probabilities_is_refused_as_it_would_hold_down_what_is_right_behind_the_worst_step():
+    cold = config("algorithm.step_credit=min", "algorithm.step_temperature=0.001")
+    first, _ = step_advantages([score((0, 0.1), (1, 0.9)), score((1, 0.2))], [2, 2], cold)  # returns 0.1, 0; 0.2, 0.2
+    assert_close(first, torch.tensor([-0.025, -0.125]))  # the right step is worse off than the wrong one before it
+    first, _ = step_advantages([score((0, -0.8), (1, 0.8)), score((1, -0.6))], [2, 2], cold)
+    assert_close(first, torch.tensor([-0.3, 0.5]))
+    process = "rewards=[{name: correctness}, {name: process, kind: process_reward_model, path: judge, step_value: %s}]"
+    with pytest.raises(ValueError, match=r"rewards\.process\.step_value is probability: .*set step_value to signed"):
+        config("algorithm.step_credit=min", process % "probability")
+    config("algorithm.step_credit=min", process % "signed")
+
+
 def test_with_the_minimum_leaving_one_out_compares_with_the_tokens_of_the_other_sample():
     scores = [score((1, 0.2)), score((0, 0.8))]
     cold = config("algorithm.step_credit=min", "algorithm.advantage=leave_one_out")
@@ -54,7 +79,7 @@ def test_with_the_minimum_leaving_one_out_compares_with_the_tokens_of_the_other_
     assert_close(second, torch.tensor([0.6, -0.2, -0.2, -0.2]))
 
 
-@pytest.mark.parametrize("credit", ["sum", "min"])
+@pytest.mark.parametrize("credit", ["sum", "min", "own"])
 def test_a_weight_counts_where_advantages_are_divided_by_a_standard_deviation(credit):
     rewards = [[(0, 0.2), (1, 0.7)], [(0, 0.9), (1, 0.4)]]
     overrides = (f"algorithm.step_credit={credit}", "algorithm.scale_by_std=true")
@@ -65,7 +90,7 @@ def test_a_weight_counts_where_advantages_are_divided_by_a_standard_deviation(cr
         assert full.abs().sum() > 0
 
 
-@pytest.mark.parametrize("credit", ["sum", "min"])
+@pytest.mark.parametrize("credit", ["sum", "min", "own"])
 def test_a_component_with_a_large_scale_does_not_drown_another_that_judges_steps_too(credit):
     def both(factor):
         of = [(0.2, 0.7), (0.9, 0.4)]
@@ -87,14 +112,14 @@ def test_a_component_with_a_large_scale_does_not_drown_another_that_judges_steps
         assert_close(a, b, rtol=0, atol=1e-3)  # the floor of the standard deviation is 1e-4
 
 
-@pytest.mark.parametrize("credit", ["sum", "min"])
+@pytest.mark.parametrize("credit", ["sum", "min", "own"])
 def test_steps_that_are_all_alike_add_exactly_nothing(credit):
     scores = [score((1, 0.1)), score((1, 0.1))]
     for advantages in step_advantages(scores, [2, 2], config(f"algorithm.step_credit={credit}")):
         assert advantages.eq(0).all()
 
 
-@pytest.mark.parametrize("credit", ["sum", "min"])
+@pytest.mark.parametrize("credit", ["sum", "min", "own"])
 def test_an_undecided_completion_takes_the_steps_of_its_group_with_it_and_a_weight_of_0_those_of_its_component(credit):
     undecided = Score(verdict="undecided", value=None)
     fine = [score((0, 0.0)), score((0, 1.0))]
@@ -115,7 +140,7 @@ def rollout(length):
     )
 
 
-@pytest.mark.parametrize("credit", ["sum", "min"])
+@pytest.mark.parametrize("credit", ["sum", "min", "own"])
 def test_process_rewards_are_added_to_the_advantage_of_the_whole(credit):
     rollouts = [rollout(2), rollout(2)]
     scores = [score((0, 0.2), (1, 0.2), value=1.0), score((0, 0.8), (1, 0.8))]

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +32,7 @@ def written(digits):
 
 @pytest.fixture(scope="module")
 def script():
+    sys.path.insert(0, str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location("label_steps_script", ROOT / "scripts/label_steps.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -161,8 +164,26 @@ def test_a_run_killed_between_two_chunks_ends_with_the_same_file(script, folder,
             run(script, config)
     assert not (folder / "killed" / script.LABELS).exists()
     assert run(script, config).read_bytes() == soft.read_bytes()
-    assert "1 of 2 chunks were labelled before; going on" in capsys.readouterr().out
+    assert "1 of 2 chunks were done before; going on" in capsys.readouterr().out
     counts = [json.loads((folder / name / "run.json").read_text()) for name in ("soft", "killed")]
+    assert counts[0]["sampled_tokens"] == counts[1]["sampled_tokens"]
+
+
+@pytest.mark.slow
+def test_two_ranks_label_chunks_in_turn_and_end_with_the_file_of_one(folder, policy, soft):
+    config_of(folder, "two_ranks", policy)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes/accelerate/ddp.yaml", "--num_processes", "2",
+        "--main_process_port", "0", ROOT / "scripts/label_steps.py", "--config", folder / "two_ranks.yaml",
+    ]  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "chunk 1 of 1:" in done.stdout  # of two: the other rank, which says nothing, has labelled the other
+    assert (folder / "two_ranks/labelled_steps.jsonl").read_bytes() == soft.read_bytes()
+    counts = [json.loads((folder / name / "run.json").read_text()) for name in ("soft", "two_ranks")]
     assert counts[0]["sampled_tokens"] == counts[1]["sampled_tokens"]
 
 
