@@ -233,8 +233,12 @@ class Online(Section):
                     f"rewards.{reward.name}.buffer_tokens is {reward.buffer_tokens}, more than rollout.max_new_tokens {self.rollout.max_new_tokens}; "
                     "every completion would be punished: lower it"
                 )
-            of_steps = isinstance(reward, ProcessRewardModelReward) and reward.aggregate is None
-            if of_steps and reward.step_value == "probability" and self.algorithm.step_credit == "min":
+            if (
+                self.algorithm.step_credit == "min"
+                and isinstance(reward, ProcessRewardModelReward)
+                and reward.aggregate is None
+                and reward.step_value == "probability"
+            ):
                 raise ValueError(
                     f"algorithm.step_credit is min and rewards.{reward.name}.step_value is probability: what follows the worst step counts 0, which no "
                     "probability is below, so right steps would be held down; set step_value to signed"
