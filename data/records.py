@@ -30,10 +30,13 @@ class Problem:
     """A worked solution, as the source has it."""
     pass_rate: float | None = None
     """Share of a policy's samples that were correct; None where it was not measured."""
+    think: str = ""
+    """Thinking budget that is put to the policy: off, short, long or a number of tokens (data/chat.py); empty for none."""
 
     def __post_init__(self) -> None:
         if not self.answer.strip():
             raise ValueError("field 'answer' is empty")
+        _check_think(self.think)
         if self.pass_rate is not None and not 0 <= self.pass_rate <= 1:
             raise ValueError(f"field 'pass_rate' must be between 0 and 1, got {self.pass_rate}")
 
@@ -41,7 +44,8 @@ class Problem:
     def columns(self) -> dict[str, str | int | float]:
         """What rewards may depend on and be audited by."""
         measured = {} if self.pass_rate is None else {"pass_rate": self.pass_rate}
-        return {"level": self.level, "subject": self.subject, **measured}
+        budget = {"think": self.think} if self.think else {}
+        return {"level": self.level, "subject": self.subject, **measured, **budget}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +63,15 @@ class Demonstration:
     system: str = ""
     """A system prompt of the conversation's own."""
     subject: str = ""
+    think: str = ""
+    """Thinking budget that the scratchpad keeps to; empty for none."""
+    sampler: str = ""
+    """Which policy wrote it, its weights' checksum, seed and temperature; empty where none of ours did."""
 
     def __post_init__(self) -> None:
         if not self.answer.strip() and not self.response.strip():
             raise ValueError("field 'answer' is empty")
+        _check_think(self.think)
         _check_history(self.history)
 
 
@@ -84,9 +93,20 @@ class PreferencePair:
     """By how much the first is better, in the source's own unit; None where it does not say."""
     source: str = ""
     """Where the pair is from, or what kind it is of; a reward model's accuracy is told for each."""
+    chosen_finish: str = "stop"
+    """`stop` where the assistant ended its turn, `length` where a limit cut it: then no stop token belongs to it."""
+    rejected_finish: str = "stop"
+    sampler: str = ""
+    """Which policy wrote the two, its weights' checksum, seed and temperature; empty where none of ours did."""
+    think: str = ""
+    """Thinking budget that was put to whoever wrote them; empty for none."""
 
     def __post_init__(self) -> None:
         _check_history(self.history)
+        _check_think(self.think)
+        for name in ("chosen_finish", "rejected_finish"):
+            if getattr(self, name) not in ("stop", "length"):
+                raise ValueError(f"field {name!r} must be stop or length, got {getattr(self, name)!r:.40}")
         if self.margin is not None and not 0 <= self.margin < math.inf:
             raise ValueError(f"field 'margin' must be a number of 0 or more, got {self.margin}")
 
@@ -112,6 +132,11 @@ class LabelledSteps:
             raise ValueError(f"{len(self.steps)} steps but {len(self.values)} values")
         if any(type(v) not in (float, int) or not 0 <= v <= 1 for v in self.values):
             raise ValueError(f"field 'values' must be a list of probabilities in [0, 1], got {self.values!r:.80}")
+
+
+def _check_think(think: str) -> None:
+    if think not in ("", "off", "short", "long") and not (think.isdecimal() and int(think) > 0):
+        raise ValueError(f"field 'think' must be off, short, long or a number of tokens, got {think!r:.40}")
 
 
 def _check_history(history: list[str]) -> None:

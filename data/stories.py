@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -31,6 +31,7 @@ from data.chat import render_response
 from data.records import Demonstration, LabelledSteps, PreferencePair, Prepared, Problem
 
 Split = Literal["train", "validation", "test"]
+Budget = Literal["off", "short", "long"]
 Operator = Literal["+", "-", "*", "/"]
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -40,6 +41,8 @@ GAINS = ("finds", "buys", "wins", "gets", "earns", "takes")
 LOSSES = ("loses", "sells", "drops", "gives", "lends", "uses")
 MULTIPLES: dict[tuple[Operator, int], str] = {("*", 2): "doubles", ("*", 3): "triples", ("/", 2): "halves"}
 LARGEST = 20
+SHORT = 3
+"""Sums that a short scratchpad has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +161,28 @@ def generate_stories(split: Split, *, seed: int, min_level: int, max_level: int)
         yield story
 
 
-def to_problem(story: Story) -> Problem:
-    return Problem(id=f"story-{story.key()[:16]}", question=story.question, answer=story.answer, level=story.level)
+def to_problem(story: Story, *, think: str = "") -> Problem:
+    return Problem(
+        id=f"story-{story.key()[:16]}", question=story.question, answer=story.answer, level=story.level, think=think
+    )
+
+
+def to_budgeted_demonstration(story: Story, think: Budget) -> Demonstration:
+    """A demonstration that keeps to its thinking budget: no scratchpad, the first SHORT sums and the rest in the head, or every sum."""
+    match think:
+        case "off":
+            lines = []
+        case "short":
+            lines = write_steps(story.events, story.values)[:SHORT]
+        case "long":
+            lines = write_steps(story.events, story.values)
+    return Demonstration(
+        id=f"story-{story.key()[:16]}",
+        question=story.question,
+        scratchpad="\n".join(lines),
+        answer=story.answer,
+        think=think,
+    )
 
 
 def to_demonstration(story: Story, *, answers_at_once: bool) -> Demonstration:
@@ -289,6 +312,7 @@ def prepare(
     min_level: int,
     max_level: int,
     answers_at_once: float,
+    budgets: Mapping[Budget, float] = {},
     demonstrations: int,
     train_problems: int,
     test_problems: int,
@@ -299,12 +323,22 @@ def prepare(
     rng = random.Random(f"prepare-{seed}")
     train = generate_stories("train", seed=seed, min_level=min_level, max_level=max_level)
     test = generate_stories("test", seed=seed, min_level=min_level, max_level=max_level)
+    drawn = random.Random(f"budgets-{seed}")
+
+    def budget() -> Budget | Literal[""]:
+        return drawn.choices(list(budgets), list(budgets.values()))[0] if budgets else ""
+
+    def demonstrate(story: Story) -> Demonstration:
+        think = budget()
+        return (
+            to_budgeted_demonstration(story, think)
+            if think
+            else to_demonstration(story, answers_at_once=rng.random() < answers_at_once)
+        )
+
     return Prepared(
-        demonstrations=[
-            to_demonstration(story, answers_at_once=rng.random() < answers_at_once)
-            for story in islice(train, demonstrations)
-        ],
-        train_problems=[to_problem(story) for story in islice(train, train_problems)],
+        demonstrations=[demonstrate(story) for story in islice(train, demonstrations)],
+        train_problems=[to_problem(story, think=budget()) for story in islice(train, train_problems)],
         test_problems=[to_problem(story) for story in islice(test, test_problems)],
         train_pairs=[to_preference_pair(story, rng) for story in islice(train, train_pairs)],
         heldout_pairs=[to_preference_pair(story, rng) for story in islice(test, heldout_pairs)],

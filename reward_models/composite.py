@@ -22,9 +22,11 @@ from reward_models.judge import Judge
 from reward_models.outcome import OutcomeModel
 from reward_models.outcome_server import ServedOutcomeModel
 from reward_models.process import ProcessModel, aggregate
-from reward_models.verifiable import Component, Value, find_rule, overlong
+from reward_models.verifiable import Component, Value, cosine, find_rule, overlong, target_length
 from rlhf.config import (
     Applies,
+    CosineReward,
+    Grader,
     JudgeReward,
     ModelReward,
     Online,
@@ -34,7 +36,9 @@ from rlhf.config import (
     RewardModelReward,
     RewardServerReward,
     RuleReward,
+    TargetLengthReward,
     nearest,
+    scheduled,
 )
 from rlhf.distributed import loaded_whole
 from rlhf.types import Prompt, Rollout, Score, StepReward, Verdict
@@ -98,7 +102,9 @@ class CompositeReward:
         return "wrong" if cut else judged.verdict
 
     def _score(self, rollout: Rollout, verdict: Verdict, judged: Grade, values: Mapping[str, Value]) -> Score:
-        weights = {name: weight_at(part.options, self.batch) for name, part in self.parts.items()}
+        weights = {
+            name: scheduled(part.options.weight, part.options.schedule, self.batch) for name, part in self.parts.items()
+        }
         components = {name: _total(value) for name, value in values.items() if _decided(value)}
         missing = [name for name in values if name not in components and name in self._counting(weights)]
         if verdict == "undecided" or missing:
@@ -154,18 +160,6 @@ def applies(condition: Applies, prompt: Prompt, verdict: Verdict) -> bool:
     return True
 
 
-def weight_at(options: RewardComponent, batch: int) -> float:
-    """The weight of a component in rollout batch number `batch`, from 1: a function of its arguments, so that a resumed run repeats it.
-
-    w = weight + (to - weight) clip((batch - first) / (last - first), 0, 1)
-    """
-    schedule = options.schedule
-    if schedule is None:
-        return options.weight
-    way = (batch - schedule.first_batch) / (schedule.last_batch - schedule.first_batch)
-    return options.weight + (schedule.to - options.weight) * min(max(way, 0.0), 1.0)
-
-
 def _shaped(raw: float, options: RewardComponent) -> float:
     value = raw / options.scale
     return value if options.clip is None else min(max(value, -options.clip), options.clip)
@@ -185,6 +179,28 @@ def build_reward(
     config: Online, *, prefill: str, device: str, accelerator: Accelerator | None = None
 ) -> CompositeReward:
     """The reward function of a recipe, its models loaded: whole, or sharded over the ranks of `accelerator` where the recipe says so."""
+    return build_composite(
+        config.rewards,
+        config.grader,
+        max_new_tokens=config.rollout.max_new_tokens,
+        truncated_is_wrong=config.algorithm.truncated == "wrong",
+        prefill=prefill,
+        device=device,
+        accelerator=accelerator,
+    )
+
+
+def build_composite(
+    rewards: Sequence[Reward],
+    grader: Grader,
+    *,
+    max_new_tokens: int,
+    truncated_is_wrong: bool,
+    prefill: str,
+    device: str,
+    accelerator: Accelerator | None = None,
+) -> CompositeReward:
+    """Components of a recipe as one reward function, with graders of its own."""
 
     def component(reward: Reward) -> BatchComponent | None:
         if isinstance(reward, RewardModelReward):
@@ -195,21 +211,25 @@ def build_reward(
             return ServedOutcomeModel(reward).connect().scorer()
         if isinstance(reward, JudgeReward):
             return Judge(reward.judge, key=f"rewards.{reward.name}.judge").connect().scorer(prefill=prefill)
-        return None if reward.kind == "correctness" else each(_rule(reward, config), prefill=prefill)
+        return None if reward.kind == "correctness" else each(_rule(reward, max_new_tokens), prefill=prefill)
 
     pool = GraderPool(
-        workers=config.grader.workers,
-        timeout=config.grader.timeout_seconds,
-        memory_mb=config.grader.memory_mb,
-        accept=config.grader.accept,
+        workers=grader.workers, timeout=grader.timeout_seconds, memory_mb=grader.memory_mb, accept=grader.accept
     )
-    parts = {reward.name: Part(reward, component(reward)) for reward in config.rewards}
-    return CompositeReward(parts, prefill, config.algorithm.truncated == "wrong", pool.grade_many)
+    parts = {reward.name: Part(reward, component(reward)) for reward in rewards}
+    return CompositeReward(parts, prefill, truncated_is_wrong, pool.grade_many)
 
 
-def _rule(reward: RuleReward, config: Online) -> Component:
+def _rule(reward: RuleReward | CosineReward | TargetLengthReward, max_new_tokens: int) -> Component:
+    if isinstance(reward, CosineReward):
+        return cosine(
+            max_tokens=max_new_tokens, at_zero=reward.at_zero, at_limit=reward.at_limit, exceeded=reward.exceeded
+        )
+    if isinstance(reward, TargetLengthReward):
+        slack = 0.5 if reward.slack is None else reward.slack
+        return target_length(tokens=reward.tokens, form=reward.form, per_token=reward.per_token, slack=slack)
     if reward.buffer_tokens is not None:
-        return overlong(max_tokens=config.rollout.max_new_tokens, buffer_tokens=reward.buffer_tokens)
+        return overlong(max_tokens=max_new_tokens, buffer_tokens=reward.buffer_tokens)
     return find_rule(reward.kind)
 
 

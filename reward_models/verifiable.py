@@ -4,8 +4,10 @@ cannot tell."""
 from __future__ import annotations
 
 import importlib
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from reward_models.grading import grade
 from rlhf.repetition import repeated_share
@@ -54,6 +56,60 @@ def overlong(*, max_tokens: int, buffer_tokens: int) -> Component:
 
     def component(rollout: Rollout, text: str) -> float | None:
         return min(max((max_tokens - buffer_tokens - len(rollout.token_ids)) / buffer_tokens, -1.0), 0.0)
+
+    return component
+
+
+def cosine(*, max_tokens: int, at_zero: float, at_limit: float, exceeded: float | None = None) -> Component:
+    """A value that goes from `at_zero` for no tokens to `at_limit` for `max_tokens` along half a cosine (https://arxiv.org/abs/2502.03373, eq. 1).
+
+        at_limit + (at_zero - at_limit) (1 + cos(pi n / max_tokens)) / 2
+
+    The paper has one for correct completions, which shall be short (at_zero > at_limit > 0), and one for wrong ones, which may be long
+    (at_zero < at_limit <= 0), each with its own pair of numbers: two components with `applies.verdict`.
+
+    Args:
+        max_tokens: the longest completion, rollout.max_new_tokens.
+        at_zero: value of an empty completion.
+        at_limit: value at the limit.
+        exceeded: value of a completion that was cut by the limit; `at_limit` by default.
+    """
+
+    def component(rollout: Rollout, text: str) -> float | None:
+        if rollout.finish_reason == "length" and exceeded is not None:
+            return exceeded
+        share = min(len(rollout.token_ids) / max_tokens, 1.0)
+        return at_limit + (at_zero - at_limit) * (1 + math.cos(math.pi * share)) / 2
+
+    return component
+
+
+def target_length(
+    *, tokens: Mapping[str, int], form: Literal["exact", "at_most"], per_token: float, slack: float = 0.5
+) -> Component:
+    """How near a completion's length n is to the target of its thinking budget (L1, https://arxiv.org/abs/2503.04697, eq. 1 and 2).
+
+        exact       - per_token |target - n|                               to be added to correctness
+        at_most     clip(per_token (target - n) + slack, 0, 1)             to be gated by correctness, which makes it the paper's product
+
+    `at_most` is `slack` at the target, 1 when (1 - slack) / per_token tokens shorter, and 0 when slack / per_token tokens longer.
+
+    Args:
+        tokens: target of each word that a budget may be; a budget that is a number is its own target.
+        form: `exact` as L1-Exact, `at_most` as L1-Max.
+        per_token: the paper's alpha, 0.0003 there.
+        slack: the paper's delta, of `at_most`.
+
+    The component has no value for a prompt without a budget, or with one that `tokens` does not name: say by `applies.columns` what it is for.
+    """
+
+    def component(rollout: Rollout, text: str) -> float | None:
+        budget = str(rollout.prompt.columns.get("think", ""))
+        target = int(budget) if budget.isdecimal() else tokens.get(budget)
+        if target is None:
+            return None
+        left = target - len(rollout.token_ids)
+        return -per_token * abs(left) if form == "exact" else min(max(per_token * left + slack, 0.0), 1.0)
 
     return component
 

@@ -9,6 +9,8 @@ Rewards of tokens come flat: [N] trained tokens of [B] sequences laid end to end
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,46 @@ def group_baseline(rewards: Tensor, *, scale_by_std: bool) -> Tensor:
     """
     centered = _centered(rewards, "group_baseline")
     return centered / (centered.std() + STD_FLOOR) if scale_by_std else centered
+
+
+def pass_at_k(rewards: Tensor, *, scale_by_std: bool, k: int) -> Tensor:
+    """Pass@k training (https://arxiv.org/abs/2508.10751, section 2.4): [P, G] -> [P, G], what a sample adds to the best of k.
+
+        R_S = max of the rewards of a subset S of k samples
+        A_i = (mean of R_S over the subsets that hold i  -  mean of R_S over all) / (std of R_S over all + 1e-4)
+
+    over all C(G, k) subsets, in closed form. For rewards 0 and 1 it is the paper's: with w of the G wrong, the mean over all is
+    1 - C(w, k) / C(G, k), over those that hold a right sample 1, over those that hold a wrong one 1 - C(w - 1, k - 1) / C(G - 1, k - 1). A
+    group with fewer than k wrong samples gets exactly 0: any k of its samples hold a right one. The mean of A is 0. k = 1 is
+    `group_relative` with divisor G in the standard deviation.
+
+    Raises:
+        ValueError: when k is more than G.
+    """
+    num_samples = rewards.shape[1]
+    _require_companions(num_samples, "pass_at_k")
+    if not 1 <= k <= num_samples:
+        raise ValueError(
+            f"pass_at_k compares {k} of G={num_samples} samples; set algorithm.pass_at to at most rollout.samples_per_prompt"
+        )
+    # The j-th smallest (from 0) is the largest of C(j, k - 1) subsets, and of C(j - 1, k - 2) of those that hold a certain smaller one.
+    of_all = rewards.new_tensor([math.comb(j, k - 1) / math.comb(num_samples, k) for j in range(num_samples)])
+    of_own = rewards.new_tensor([math.comb(j, k - 1) / math.comb(num_samples - 1, k - 1) for j in range(num_samples)])
+    of_smaller = rewards.new_tensor(
+        [
+            math.comb(j - 1, k - 2) / math.comb(num_samples - 1, k - 1) if j and k > 1 else 0.0
+            for j in range(num_samples)
+        ]
+    )
+    smallest_first, order = rewards.sort(1)
+    mean = (smallest_first * of_all).sum(1, keepdim=True)
+    above = smallest_first * of_smaller
+    holding = smallest_first * of_own + above.flip(1).cumsum(1).flip(1) - above
+    # With at most k - 1 samples below the best, every subset is as good.
+    solved = smallest_first[:, k - 1 : k] == smallest_first[:, -1:]
+    advantages = torch.zeros_like(rewards).scatter(1, order, (holding - mean).masked_fill(solved, 0.0))
+    variance = ((smallest_first - mean).square() * of_all).sum(1, keepdim=True)
+    return advantages / (variance.sqrt() + STD_FLOOR) if scale_by_std else advantages
 
 
 def normalised_components(components: Tensor, weights: Tensor, applies: Tensor | None = None) -> Tensor:

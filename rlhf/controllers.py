@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def adapted_kl_coefficient(
     coefficient: float, measured: float, *, target: float, horizon: float, samples: int
@@ -48,3 +50,20 @@ def applied_entropy_coefficient(coefficient: float, entropy: float, *, target: f
     Before anything was measured, entropy is infinity: no bonus.
     """
     return coefficient if entropy <= target else 0.0
+
+
+def adapted_retention_factor(factor: float, fall: float, *, allowed: float, rate: float, maximum: float) -> float:
+    """A proportional controller of the logarithm of a coefficient, by how far an ability has fallen.
+
+        error = clip((fall - allowed) / allowed, -1, 1)
+        factor <- clip(factor exp(rate error), 1, maximum)
+
+    Args:
+        factor: what the recipe's coefficient is multiplied with so far.
+        fall: of accuracy since before training; negative when it rose.
+        allowed: fall to be held, above 0.
+        rate: largest change of the factor's logarithm.
+        maximum: upper bound of the factor.
+    """
+    error = min(max((fall - allowed) / allowed, -1.0), 1.0)
+    return min(max(factor * math.exp(rate * error), 1.0), maximum)

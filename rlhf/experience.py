@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from rlhf.advantages import (
     normalised_deviations,
     normalised_steps,
     of_own_step,
+    pass_at_k,
     softmin_rewards,
     sum_of_future,
     token_rewards,
@@ -24,6 +26,7 @@ from rlhf.advantages import (
     whitened,
 )
 from rlhf.config import GRPO, PPO, Online
+from rlhf.diversity import distinct_share, self_bleu, thought_and_answer
 from rlhf.metrics import Metrics
 from rlhf.repetition import repeated_share
 from rlhf.types import Rollout, Score
@@ -105,7 +108,9 @@ def estimate(
     return Experience(
         list(rollouts),
         list(scores),
-        tuple(a if t else torch.zeros_like(a) for a, t in zip(advantages, trained, strict=True)),
+        tuple(
+            a * r.weight if t else torch.zeros_like(a) for a, t, r in zip(advantages, trained, rollouts, strict=True)
+        ),
         trained,
         values,
         returns,
@@ -169,7 +174,10 @@ def sequence_advantages(scores: Sequence[Score], config: GRPO, penalties: Sequen
             weighted = filled_components(table.scaled * table.weights, table.applies, over_batch=over_batch)
             rewards = weighted.sum(2).flatten()
         rewards = (rewards - torch.tensor(penalties) if penalties is not None else rewards).view(-1, size)
-        estimator = ADVANTAGES[algorithm.advantage]
+        if algorithm.pass_at is not None:
+            estimator = partial(pass_at_k, k=algorithm.pass_at)
+        else:
+            estimator = ADVANTAGES[algorithm.advantage]
         advantages[decided] = estimator(rewards[decided], scale_by_std=algorithm.scale_by_std)
     return advantages.flatten()
 
@@ -301,10 +309,20 @@ def describe(rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metr
                 metrics.add(f"weighted/{name}", total=value, count=1)
     for start in range(0, len(scores), group_size):
         group = scores[start : start + group_size]
+        if group_size > 1:
+            _describe_diversity(rollouts[start : start + group_size], metrics)
         values = [score.value for score in group if score.value is not None]
         if len(values) == group_size > 1:
             metrics.add("reward/group_std", total=torch.tensor(values).std().item(), count=1)
             metrics.add("reward/groups_with_signal", total=has_signal(group), count=1)
+
+
+def _describe_diversity(group: Sequence[Rollout], metrics: Metrics) -> None:
+    """How different the samples of one prompt are."""
+    thoughts, answers = zip(*(thought_and_answer(rollout.text) for rollout in group), strict=True)
+    metrics.add("rollout/distinct_scratchpads", total=distinct_share(thoughts), count=1)
+    metrics.add("rollout/distinct_answers", total=distinct_share(answers), count=1)
+    metrics.add("rollout/self_bleu", total=self_bleu([rollout.token_ids for rollout in group]), count=1)
 
 
 def describe_advantages(experience: Experience, metrics: Metrics, config: Online) -> None:

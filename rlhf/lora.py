@@ -174,6 +174,20 @@ def base_of(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def adapted_layers(model: Any) -> dict[str, Any]:
+    """Layers with an adapter, by the names of the weights they have in the plain model."""
+    if not has_lora(model):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def delta_weight(layer: Any) -> Tensor:
+    """alpha / rank B A of a layer with an adapter, [O, I], with its gradient."""
+    return layer.get_delta_weight(ADAPTER)
+
+
 def save_model(model: Any, folder: str | Path, *, write: bool = True) -> None:
     """The model as whole weights that load without peft; what was trained of it, in peft's format, under `adapter`.
 

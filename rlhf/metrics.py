@@ -8,6 +8,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+POOLS = ("unseen", "active", "solved", "impossible")
+"""Where a curriculum sorts problems by the pass rate that was measured."""
+PASS_RATE_BINS = 10
+
 MEANING = {
     "step": "optimizer steps taken",
     "batch": "rollout batches trained on",
@@ -47,8 +51,31 @@ MEANING = {
     "critic/grad_norm": "gradient norm of the critic before clipping, mean over the batch's optimizer steps",
     "train/tokens": "tokens a forward pass computes, padding included, mean over the batch's micro-batches",
     "train/tokens_per_second": "completion tokens trained on per second of training and rank, once per batch whatever the passes",
+    "retention/ability": "accuracy on retention.adaptive.problems, one sample each, after the batch; only where it was measured",
+    "retention/elastic": "1/2 sum F (weight - weight before)^2, before its coefficient, mean over the batch's optimizer steps",
+    "retention/factor": "what retention.adaptive multiplies its control's coefficient with from here on",
+    "retention/ptx": "mean negative log-likelihood in nats of a response token of retention.ptx.demonstrations",
     "sync/error": "nats per token between engine and trainer on the probe after the sync",
-    "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong and repetition",
+    "rollout/temperature": "of the batch, with rollout.temperature_schedule",
+    "policy/entropy_coefficient": "of the batch, with algorithm.entropy_schedule",
+    "rollout/distinct_scratchpads": "different scratchpads among the samples of a prompt: 0 when they are all the same, 1 when no two are",
+    "rollout/distinct_answers": "the same for what comes after the scratchpad; it falls with accuracy too",
+    "rollout/self_bleu": "BLEU of a completion with the other samples of its prompt as references: 1 when they are all the same",
+    "replay/size": "past correct completions held for section replay",
+    "replay/rescued": "share of groups, wrong from end to end, that got a past correct completion",
+    "replay/age": "rollout batches since these were sampled, mean",
+    "curriculum/pass_rate": "mean pass rate of the problems sampled so far, as it was measured last",
+    "curriculum/effective": "how many problems, drawn evenly, the next choice would be as spread over",
+    "curriculum/unseen": "problems never sampled",
+    "curriculum/active": "problems that are neither solved nor impossible, as section curriculum.pools or its defaults have it",
+    "curriculum/solved": "problems at or above solved_at",
+    "curriculum/impossible": "problems at or below impossible_at",
+    **{
+        f"curriculum/{key}_{i}": f"share of {what} whose pass rate is from {i / 10} to {(i + 1) / 10}"
+        for key, what in (("rates", "the problems sampled so far"), ("chosen", "the problems sampled for this batch"))
+        for i in range(PASS_RATE_BINS)
+    },
+    "watch/surface": "share of the variance behind the advantages that comes from components of the kinds format, length, overlong, repetition, cosine and target_length",
     "seconds/rollout": "time sampling",
     "seconds/reward": "time scoring",
     "seconds/train": "time in forward, backward and optimizer",

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 
 from rlhf import footprint
 from rlhf.config import (
+    DPO,
+    ORPO,
     PPO,
-    SFT,
     Config,
     ModelReward,
     Offline,
     Online,
+    PreferenceTraining,
     ProcessRewardModel,
     ProcessRewardModelReward,
     RewardModel,
@@ -134,7 +136,7 @@ def make_plan(config: Config, shapes: Mapping[str, ModelShape], machine: Machine
         seconds = _offline_seconds(config, shapes["policy"], machine)
     else:
         raise ValueError(
-            f"the stage {config.stage} trains nothing; plan sft, reward_model, process_reward_model, grpo or ppo"
+            f"the stage {config.stage} trains nothing; plan sft, reward_model, process_reward_model, orpo, dpo, grpo or ppo"
         )
     runtime = RUNTIME_ON_CPU if machine.device.is_cpu else RUNTIME_ON_GPU
     parts.append(Part(name="runtime overhead", when=ALWAYS, size=runtime, note="assumed"))
@@ -301,6 +303,11 @@ def _online_parts(
         )
     if config.reference is not None:
         parts += _reference_parts(config, policy, shapes, sharding, machine, largest)
+    if (
+        config.retention.elastic is not None
+    ):  # F of the plain weights; without adapters the weights it holds on to besides
+        copies = 1 if policy.lora is not None else 2
+        parts.append(Part(name="elastic anchor", when=ALWAYS, size=4.0 * copies * policy.parameters))
     for reward in config.rewards:
         if isinstance(reward, ModelReward):
             shape, name = shapes[reward.kind], reward.kind.replace("_", " ")
@@ -379,18 +386,21 @@ def _reference_parts(
 
 
 def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, sharding: Sharding) -> list[Part]:
-    is_sft = isinstance(config, SFT)
-    speaks = is_sft or (isinstance(config, ProcessRewardModel | RewardModel) and config.head != "classification")
+    judge = config if isinstance(config, ProcessRewardModel | RewardModel) else None
+    speaks = judge is None or judge.head != "classification"
     model = trained_of(config.model, shape, sharding, has_head=speaks)
-    rows = config.training.micro_batch_size * (2 if isinstance(config, RewardModel) else 1)
+    rows = config.training.micro_batch_size * _sequences_per_row(config)
     tokens = rows * config.max_tokens
 
     def head(scored: float) -> footprint.Head:
         fused = not machine.device.is_cpu
         # Where Triton is, positions that are not trained on are left out; how many is not known here.
-        if isinstance(config, ProcessRewardModel | RewardModel) and speaks:
-            return footprint.step_head(model, scored, rows=rows if config.head == "next_token" else None)
-        return footprint.trl_head(model, scored, fused=fused) if is_sft else footprint.no_head(scored)
+        if judge is not None:
+            at_steps = rows if judge.head == "next_token" else None
+            return footprint.step_head(model, scored, rows=at_steps) if speaks else footprint.no_head(scored)
+        if isinstance(config, ORPO):
+            return footprint.head(model, scored)
+        return footprint.trl_head(model, scored, fused=fused)
 
     micro = MicroBatch(tokens, tokens)
     accumulation = config.training.accumulation(machine.count)
@@ -405,11 +415,19 @@ def _offline_parts(config: Offline, shape: ModelShape, machine: Machine, shardin
         repeated_heads=True,  # under a mask transformers repeats key-value heads
         fused_optimizer=True,  # the Trainer's default
     )
-    if not is_sft:
+    if judge is not None:
         pairs = isinstance(config, RewardModel)
         size = forward_scratch(shape, model.dtype, HELDOUT_PAIRS * config.max_tokens if pairs else HELDOUT_TOKENS)
         parts.append(Part(name="held-out pairs" if pairs else "held-out solutions", when="scoring", size=size))
+    if isinstance(config, DPO) and config.reference == "frozen":
+        size = WIDTH[config.model.dtype] * shape.parameters / _pieces(sharding, machine)
+        parts.append(Part(name="reference", when=ALWAYS, size=size))
     return parts
+
+
+def _sequences_per_row(config: Offline) -> int:
+    """Sequences that a row of the data becomes; a prompt that a pair's responses share is counted twice."""
+    return 2 if isinstance(config, RewardModel | PreferenceTraining) else 1
 
 
 def _warnings(config: Config, shapes: Mapping[str, ModelShape], machine: Machine, sharding: Sharding) -> list[str]:
@@ -516,8 +534,8 @@ def _reduction(shape: ModelShape, width: int, machine: Machine) -> float:
 
 def _offline_seconds(config: Offline, shape: ModelShape, machine: Machine) -> dict[str, float]:
     """An optimizer step."""
-    rows = config.training.sequences_per_step // machine.count * (2 if isinstance(config, RewardModel) else 1)
-    passes = 4 if config.model.gradient_checkpointing else 3
+    rows = config.training.sequences_per_step // machine.count * _sequences_per_row(config)
+    passes = (4 if config.model.gradient_checkpointing else 3) + isinstance(config, DPO)  # the reference's
     device, tokens = machine.device, rows * config.max_tokens
     return {
         "training": _pass(shape, config.model.dtype, tokens, config.max_tokens, device, passes=passes)

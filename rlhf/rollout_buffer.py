@@ -59,7 +59,8 @@ def to_files(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     document = {
         "prompts": [asdict(prompt) for prompt in prompts],
         "rollouts": [
-            {"prompt": index[r.prompt], "finish_reason": r.finish_reason, "text": r.text, "policy_version": r.policy_version}
+            {"prompt": index[r.prompt], "finish_reason": r.finish_reason, "text": r.text, "policy_version": r.policy_version,
+             "weight": r.weight}
             for r in experience.rollouts
         ],
         "scores": [asdict(score) for score in experience.scores],

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.rollout.engine import RolloutEngine, Sampling
-from rlhf.types import FinishReason, Prompt
+from rlhf.rollout.engine import Decode, RolloutEngine, Sampling
+from rlhf.rollout.forcing import Forcing, generate_forced
+from rlhf.types import FinishReason, Prompt, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,10 @@ class Completion:
     finish_reason: FinishReason
     confidence: float | None
     """Geometric mean of its tokens' probabilities; None where the engine does not tell."""
+    thinking_tokens: int | None = None
+    """Of its tokens, those of thoughts; None where nobody counted."""
+    was_cut: bool = False
+    """Whether its thoughts were ended by force."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +56,15 @@ class Sampled:
     texts: tuple[str, ...]
     lengths: tuple[int, ...]
     truncated: tuple[bool, ...]
-    weights: tuple[float, ...]
-    """Confidence of each sample; empty where the engine does not tell."""
     prompt_tokens: int
     seconds: float
     """This problem's part of its chunk's time."""
+    weights: tuple[float, ...]
+    """Confidence of each sample; empty where the engine does not tell."""
+    thinking: tuple[int, ...] = ()
+    """Tokens of thoughts of each sample; empty where nobody counted."""
+    was_cut: tuple[bool, ...] = ()
+    """Whether the thoughts of each sample were ended by force."""
 
 
 Generate = Callable[[Sequence[Question], int], list[list[Completion]]]
@@ -151,6 +160,8 @@ def _sampled(question: Question, key: str, completions: Sequence[Completion], se
         lengths=tuple(c.num_tokens for c in completions),
         truncated=tuple(c.finish_reason == "length" for c in completions),
         weights=tuple(told) if len(told) == len(completions) else (),
+        thinking=tuple(c.thinking_tokens for c in completions if c.thinking_tokens is not None),
+        was_cut=tuple(c.was_cut for c in completions) if completions[0].thinking_tokens is not None else (),
         prompt_tokens=len(question.token_ids or ()),
         seconds=seconds,
     )
@@ -166,25 +177,58 @@ def _append(file: Path, rows: Sequence[Sampled]) -> None:
         os.fsync(out.fileno())
 
 
-def from_engine(engine: RolloutEngine, sampling: Sampling) -> Generate:
-    """A rollout engine as a source of samples."""
+def from_engine(
+    engine: RolloutEngine, sampling: Sampling, *, thoughts: Callable[[Rollout], int] | None = None
+) -> Generate:
+    """A rollout engine as a source of samples; `thoughts` counts the tokens of a completion's thoughts."""
 
     def generate(questions: Sequence[Question], seed: int) -> list[list[Completion]]:
-        prompts = []
-        for question in questions:
-            assert question.token_ids is not None, "an engine of ours takes token ids"
-            prompts.append(Prompt(id=question.id, token_ids=question.token_ids, question=question.text, reference=""))
-        rollouts = engine.generate(prompts, sampling, seed=seed)
+        rollouts = engine.generate(_prompts(questions), sampling, seed=seed)
         completions = [
             Completion(
                 text=rollout.text,
                 num_tokens=len(rollout.token_ids),
                 finish_reason=rollout.finish_reason,
                 confidence=confidence(rollout.logprobs),
+                thinking_tokens=None if thoughts is None else thoughts(rollout),
             )
             for rollout in rollouts
         ]
-        per_prompt = sampling.samples_per_prompt
-        return [completions[i : i + per_prompt] for i in range(0, len(completions), per_prompt)]
+        return _by_prompt(completions, sampling)
 
     return generate
+
+
+def from_forced(engine: RolloutEngine, sampling: Sampling, forcing: Forcing, decode: Decode) -> Generate:
+    """A rollout engine whose thoughts are cut at a number of tokens; confidence is that of the tokens that were sampled."""
+
+    def generate(questions: Sequence[Question], seed: int) -> list[list[Completion]]:
+        completions = []
+        for forced in generate_forced(engine, _prompts(questions), sampling, forcing, decode, seed=seed):
+            assert forced.finish_reason is not None
+            completions.append(
+                Completion(
+                    text=decode(forced.token_ids),
+                    num_tokens=forced.sampled_tokens,
+                    finish_reason=forced.finish_reason,
+                    confidence=confidence(forced.logprobs),
+                    thinking_tokens=forced.thinking_tokens,
+                    was_cut=forced.was_cut,
+                )
+            )
+        return _by_prompt(completions, sampling)
+
+    return generate
+
+
+def _prompts(questions: Sequence[Question]) -> list[Prompt]:
+    prompts = []
+    for question in questions:
+        assert question.token_ids is not None, "an engine of ours takes token ids"
+        prompts.append(Prompt(id=question.id, token_ids=question.token_ids, question=question.text, reference=""))
+    return prompts
+
+
+def _by_prompt(completions: list[Completion], sampling: Sampling) -> list[list[Completion]]:
+    per_prompt = sampling.samples_per_prompt
+    return [completions[i : i + per_prompt] for i in range(0, len(completions), per_prompt)]

@@ -4,6 +4,7 @@ state.json                       counters, coefficients, schedules, recipe, git 
 policy.weights.safetensors       what is trained; the rest is as `policy.path` has it
 policy.optimizer.safetensors     AdamW's moments and step
 critic.…, reference.weights…     with PPO, with a moving average
+replay.safetensors               past successes, with section replay; the rest of them is in state.json
 rank-R.safetensors, rank-R.json  random state of a rank and, inside a rollout batch, its rollout buffer
 """
 

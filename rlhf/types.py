@@ -52,6 +52,8 @@ class Rollout:
     """The decoded completion, without the end-of-sequence token."""
     policy_version: int
     """Optimizer steps the sampling weights had seen."""
+    weight: float = 1.0
+    """What its advantages are multiplied with, because of how its problem was chosen (rlhf/curriculum.py)."""
     routed_experts: Tensor | None = field(default=None, compare=False)
     """[prompt + T - 1, L, K] the experts that the engine's routers sent each token to, the last one of the completion aside, which is not
     computed; integers as small as fit. None where the engine was not asked."""

@@ -43,6 +43,7 @@ from rlhf.masking import token_weights
 from rlhf.metrics import Metrics, reduce_metrics
 from rlhf.packing import pack_padded, pack_shared, padded_chunks, shared_chunks
 from rlhf.reference import ReferencePolicy
+from rlhf.retention import NOTHING, Remembered, Retention
 from rlhf.run import say
 from rlhf.scorer import Scored, Scorer
 from rlhf.types import Batch, Rollout
@@ -89,6 +90,7 @@ class Updater:
         reference: the frozen model of `reference.path`, or None.
         critic: value model as `rlhf.critic.load_critic` makes it, for PPO.
         pad_token_id: of the tokenizer.
+        remembered: what the controls of forgetting are about.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Updater:
         reference: Any | None = None,
         critic: Any | None = None,
         pad_token_id: int,
+        remembered: Remembered = NOTHING,
     ) -> None:
         self.config, self.accelerator, self._pad_token_id = config, accelerator, pad_token_id
         training = config.training
@@ -124,6 +127,7 @@ class Updater:
         self.reference: ReferencePolicy | None = None
         if config.reference is not None:
             self.reference = ReferencePolicy(config.reference, accelerator, scorer, reference)
+        self.retention = Retention(config, policy, remembered)
         num_steps = (training.num_batches - self.warmup_batches) * self.steps_per_batch
         self.policy = Learner(accelerator, scorer, config.optimizer, num_steps=num_steps)
         self.critic: Learner | None = None
@@ -140,6 +144,8 @@ class Updater:
         self.policy_version = 0
         self.kl_coefficient = config.algorithm.kl_coefficient
         self.entropy_coefficient, self._last_entropy = config.algorithm.entropy_coefficient, math.inf
+        self._temperature = config.rollout.temperature
+        """Of the rollout batch at hand."""
 
     @property
     def unwrapped(self) -> Any:
@@ -157,26 +163,28 @@ class Updater:
             return {}
         return {"reference": self.reference}
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What a resume needs besides weights, optimizers and schedules."""
         return {
             "policy_version": self.policy_version,
             "kl_coefficient": self.kl_coefficient,
             "entropy_coefficient": self.entropy_coefficient,
             "last_entropy": self._last_entropy,
+            "retention": self.retention.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.policy_version, self.kl_coefficient = state["policy_version"], state["kl_coefficient"]
         self.entropy_coefficient, self._last_entropy = state["entropy_coefficient"], state["last_entropy"]
+        self.retention.restore(state["retention"])
 
     # ------------------------------------------------------------------------------------------- before the update, without gradient
 
-    def kl_to_reference(self, rollouts: Sequence[Rollout]) -> PerRollout:
+    def kl_to_reference(self, rollouts: Sequence[Rollout], *, batch: int = 0) -> PerRollout:
         """Estimates of KL(sampler || reference) for each token; the sampler's own log-probabilities, so the policy is not run again."""
         assert self.reference is not None
         reference, estimator = self.reference, KL[self.config.algorithm.kl_estimator]
-        temperature = self.config.rollout.temperature
+        temperature = self.config.rollout.temperature_at(batch)
         return self._per_rollout(
             rollouts,
             lambda batch: estimator(batch.sampler_logprobs, reference.logprobs(batch, temperature).cpu()),
@@ -236,6 +244,10 @@ class Updater:
         """
         if self.config.policy.router_replay:
             require_experts(experience.rollouts)
+        self._temperature = self.config.rollout.temperature_at(batch)
+        if self.config.algorithm.entropy_schedule is not None:
+            self.entropy_coefficient = self.config.algorithm.entropy_coefficient_at(batch)
+            metrics.add("policy/entropy_coefficient", total=self.entropy_coefficient, count=1)
         training, size = self.config.training, self.config.rollout.samples_per_prompt
         rows_per_minibatch = len(experience.rollouts) // size // training.minibatches_per_batch * size
         plans = self._plans = [
@@ -296,7 +308,7 @@ class Updater:
         everything = (
             self.critic is not None
             or (self.reference is not None and algorithm.kl_in == "loss")
-            or algorithm.entropy_coefficient > 0
+            or self.entropy_coefficient > 0
             or algorithm.entropy_target is not None
             or algorithm.top_entropy_share < 1
             or self.config.policy.router_aux_coefficient > 0
@@ -331,7 +343,7 @@ class Updater:
         )
 
     def _forward(self, micro: MicroBatch, expected: Tensor | None = None) -> Scored:
-        return self.policy.module(micro.batch, self.config.rollout.temperature, expected)
+        return self.policy.module(micro.batch, self._temperature, expected)
 
     @torch.no_grad()
     def _expert_load(self, batch: Batch) -> Tensor:
@@ -340,7 +352,7 @@ class Updater:
             assert batch.routed_experts is not None
             sampled = batch.routed_experts.index_select(0, batch.scored)
             return expert_load(sampled, self.policy.unwrapped.routers.num_experts)
-        return self.policy.module(batch, self.config.rollout.temperature).routing.load
+        return self.policy.module(batch, self._temperature).routing.load
 
     def _policy_step(self, plan: Sequence[MicroBatch], metrics: Metrics) -> None:
         algorithm, local = self.config.algorithm, Metrics()
@@ -354,10 +366,11 @@ class Updater:
         if balance.must_count(len(plan)):
             num_tokens = sum(micro.batch.scored.numel() for micro in plan)
             balance.fix([self._expert_load(micro.batch) for micro in plan], num_tokens=num_tokens)
+        demonstrations, each_token = self._demonstrations()
         total_loss, means = 0.0, {}
         for i, micro in enumerate(plan):
             last = i == len(plan) - 1
-            with self.policy.micro_batch(last=last):
+            with self.policy.micro_batch(last=last and not demonstrations):
                 # On policy every ratio is 1, and there each of the losses has the policy gradient.
                 on_policy = micro.old_logprobs is None
                 scored = self._forward(micro, -micro.advantages * micro.weights if on_policy else None)
@@ -375,7 +388,14 @@ class Updater:
                     require_same_policy(means.get("policy/kl_sampler", 0.0), self.config.guards, stale=self._stale)
                     require_same_experts(means, self.config.guards.max_router_disagreement)
                 loss = loss + balance.loss(routing)
+                if last and not demonstrations:
+                    loss = loss + self._penalty(metrics)
                 self.policy.backward(loss)  # 0, with a gradient of 0, on an idle pass
+        for i, batch in enumerate(demonstrations):
+            last = i == len(demonstrations) - 1
+            with self.policy.micro_batch(last=last):
+                loss = self._imitation(batch, each_token, metrics)
+                self.policy.backward(loss + self._penalty(metrics) if last else loss)
         metrics.add("policy/grad_norm", total=self.policy.step(), count=1)
         self.policy_version += 1
         if self.reference is not None:
@@ -384,6 +404,36 @@ class Updater:
         balance.describe(metrics, replayed=self.config.policy.router_replay)
         metrics.update(local)
         self._adapt(means)
+
+    def _demonstrations(self) -> tuple[list[Batch], float]:
+        """(PTX's micro-batches of an optimizer step, the same number on every rank; the weight of each of their tokens in its loss)."""
+        rollouts, rank = self.retention.demonstrations, self.accelerator.process_index
+        chosen, each_token = self.retention.next_demonstrations()
+        if not chosen:
+            return [], 0.0
+        everything = torch.ones(len(rollouts), dtype=torch.bool)
+        mine = self._chunks(rollouts, chosen[rank :: self.accelerator.num_processes])
+        idle = global_max(self.accelerator, len(mine)) - len(mine)
+        batches = [self._pack(rollouts, rows, everything) for rows in mine]
+        return batches + [self._pack(rollouts, chosen[:1], ~everything) for _ in range(idle)], each_token
+
+    def _imitation(self, batch: Batch, each_token: float, metrics: Metrics) -> Tensor:
+        """PTX: the loss of supervised fine-tuning on a micro-batch of demonstrations."""
+        logprobs = self.policy.module(batch, 1.0, torch.full((batch.scored.numel(),), -each_token)).logprobs
+        metrics.add("retention/ptx", total=-logprobs.sum().item(), count=logprobs.numel())
+        loss = -each_token * logprobs.sum()
+        require_finite(loss, "the loss on retention.ptx.demonstrations")
+        return loss
+
+    def _penalty(self, metrics: Metrics) -> Tensor | float:
+        """This rank's part of what elastic weight consolidation adds to the step's loss, which is that of all ranks together."""
+        return self.retention.penalty(metrics) / self.accelerator.num_processes
+
+    def follow_ability(self) -> None:
+        """The KL's coefficient after the held-out ability was measured, where the recipe lets it follow."""
+        adaptive, algorithm = self.config.retention.adaptive, self.config.algorithm
+        if adaptive is not None and adaptive.steers == "kl":
+            self.kl_coefficient = algorithm.kl_coefficient * self.retention.factor("kl")
 
     def _policy_loss(
         self, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, focus: Tensor | None, local: Metrics
@@ -420,7 +470,7 @@ class Updater:
             per_token = torch.where(focus, per_token, 0.0)
             local.add("policy/focus", total=focus.sum().item(), count=focus.numel())
         if self.reference is not None and algorithm.kl_in == "loss":
-            reference_logprobs = self.reference.logprobs(micro.batch, self.config.rollout.temperature)
+            reference_logprobs = self.reference.logprobs(micro.batch, self._temperature)
             kl = KL[algorithm.kl_estimator](logprobs, reference_logprobs)
             per_token = per_token + self.kl_coefficient * (off_policy(kl, ratio) if algorithm.kl_weighted else kl)
             local.add("policy/kl_reference", total=kl.sum().item(), count=kl.numel())

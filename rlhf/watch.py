@@ -9,8 +9,9 @@ of highest correctness, which the grader measures whatever is rewarded.
     kl           policy/kl_reference grows faster than a slope
     collapse     groups have lost their spread since the first window, and correctness is not at its ceiling
     length       completions have grown by more than a factor since the first window
+    sameness     the samples of a prompt have become alike since the first window
 
-The last five are alarms only while correctness neither rises nor is at its ceiling: a policy that learns may move in any of these ways.
+The last six are alarms only while correctness neither rises nor is at its ceiling: a policy that learns may move in any of these ways.
 Differences of means must be larger than chance makes them from batch to batch (`significance`).
 """
 
@@ -35,9 +36,10 @@ MetricRow = Mapping[str, float]
 SURFACE = "watch/surface"
 """Share of the variance that components of form, and not of substance, make up."""
 KEYS = (
-    "batch", "step", "reward/total", "reward/correctness", "reward/group_std", "rollout/length", "rollout/repetition", "policy/kl_reference", SURFACE,
+    "batch", "step", "reward/total", "reward/correctness", "reward/group_std", "rollout/length", "rollout/repetition", "rollout/distinct_scratchpads",
+    "policy/kl_reference", SURFACE,
 )  # fmt: skip
-SURFACE_KINDS = ("format", "length", "overlong", "repetition")
+SURFACE_KINDS = ("format", "length", "overlong", "repetition", "cosine", "target_length")
 NUM_COMPLETIONS = 10
 """Completions that an alarm shows."""
 
@@ -166,6 +168,14 @@ def length(w: Windows) -> str | None:
     return f"grew from {then:.0f} to {now:.0f} tokens, and correctness did not rise with it"
 
 
+def sameness(w: Windows) -> str | None:
+    key = "rollout/distinct_scratchpads"
+    then, now = mean(w.first, key), mean(w.now, key)
+    if not now < w.limits.min_distinct * then or w.learns(w.before):
+        return None
+    return f"fell from {then:.2f} to {now:.2f}: the samples of a prompt think the same, and correctness does not rise"
+
+
 SIGNS: dict[str, tuple[str, Callable[[Windows], str | None]]] = {
     "divergence": ("reward/total", divergence),
     "surface": (SURFACE, surface),
@@ -173,6 +183,7 @@ SIGNS: dict[str, tuple[str, Callable[[Windows], str | None]]] = {
     "kl": ("policy/kl_reference", kl),
     "collapse": ("reward/group_std", collapse),
     "length": ("rollout/length", length),
+    "sameness": ("rollout/distinct_scratchpads", sameness),
 }
 """Alarm to the metric it is about and the function that sees it. A metric that is missing is nan and trips nothing."""
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from data.benchmarks import read_problems, size_of
-from data.chat import ChatRenderer, render_response
+from data.chat import ChatRenderer, render_response, with_budget
 from data.perturbation import Variant, perturb
 from data.records import Problem, read_records
 from data.sources import Refused
@@ -140,6 +140,11 @@ def ask(config: Evaluate) -> Asked:
 # ---------------------------------------------------------------------------------------------------------------------- sampling
 
 
+def put(problem: Problem, chat: Chat) -> str:
+    """The question as the user puts it to any model, thinking budget included; renderers here add none."""
+    return with_budget(problem.question, problem.think or chat.think or "")
+
+
 def sample_and_grade(
     config: Evaluate, label: str, model: EvaluatedModel, asked: Asked, folder: Path, accelerator: Any
 ) -> tuple[list[GradedProblem], Card]:
@@ -152,10 +157,8 @@ def sample_and_grade(
     rollout, server = config.rollout, model.server
     renderer = load_renderer(model, config.chat.system_prompt)
     questions = [
-        Question(
-            id=p.id, text=p.question, token_ids=None if renderer is None else tuple(renderer.prompt_ids(p.question))
-        )
-        for p, _, _ in asked.all
+        Question(id=p.id, text=text, token_ids=None if renderer is None else tuple(renderer.prompt_ids(text)))
+        for p, text in ((p, put(p, config.chat)) for p, _, _ in asked.all)
     ]
     if renderer is not None:
         renderer.require_round_trip(asked.problems[0].question, render_response("1 + 1 = 2", "2"))
@@ -224,7 +227,7 @@ def sample_and_grade(
             subject=problem.subject,
             variant=variant,
             origin=origin,
-            question=problem.question,
+            question=put(problem, config.chat),
             reference=problem.answer,
             prefill=prefill,
             texts=s.texts,
@@ -286,7 +289,7 @@ def prompt_block(renderer: ChatRenderer | None, config: Evaluate, asked: Asked) 
         "template": short_hash(template if isinstance(template, str) else json.dumps(template)),
         "prefill": renderer.prefill,
         "stop_token": renderer.stop_token_id,
-        "example": renderer.prompt_text(asked.problems[0].question),
+        "example": renderer.prompt_text(put(asked.problems[0], config.chat)),
     }
 
 

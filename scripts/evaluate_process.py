@@ -34,7 +34,7 @@ def evaluate_process(config: EvaluateProcess, run: Run) -> None:
     labels = [*first, *(label for label in config.solutions if label not in first)]
     records = {label: read_solutions(label, config.solutions[label]) for label in labels}
     model = ProcessModel.load(config.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    renderer = ChatRenderer(model.tokenizer, config.chat.system_prompt)
+    renderer = ChatRenderer(model.tokenizer, config.chat.system_prompt, config.chat.think)
     threshold = None if config.threshold_on else model.description.threshold
     results, rows = {}, {}
     for label in labels:

@@ -6,20 +6,16 @@ Killed and started again it goes on with the chunk it was at, on as many ranks a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import shutil
-import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from samples.chunks import Chunks, Work, seed_of, verdicts_of, work_off
 
 from data.chat import ChatRenderer
 from data.records import LabelledSteps, Problem, parse_record, read_records, write_records
-from reward_models.grading import VERSION, GraderPool
+from reward_models.grading import GraderPool
 from reward_models.step_labels import (
     Prefix,
     SampledSolution,
@@ -29,10 +25,9 @@ from reward_models.step_labels import (
     label_solutions,
 )
 from reward_models.steps import Step, find_steps
-from rlhf.card import fingerprint
 from rlhf.config import LabelSteps
-from rlhf.run import Run, format_table, run_stage, say, write_json
-from rlhf.types import Prompt, Rollout, Verdict
+from rlhf.run import Run, format_table, run_stage, say
+from rlhf.types import Prompt, Rollout
 
 LABELS = "labelled_steps.jsonl"
 
@@ -63,7 +58,7 @@ class Labeller:
     def solve(self, prompts: Sequence[Prompt], seed: int) -> tuple[list[Kept], Counter[str]]:
         """Solutions to label, and what became of the others."""
         rollouts = self._engine.generate(prompts, self._solving, seed=seed)
-        verdicts = self._grade(rollouts, [r.token_ids for r in rollouts])
+        verdicts = verdicts_of(rollouts, [r.token_ids for r in rollouts], self._graders, self._renderer)
         counts: Counter[str] = Counter(solutions=len(rollouts), solution_tokens=sum(len(r.token_ids) for r in rollouts))
         solved = {r.prompt.id for r, verdict in zip(rollouts, verdicts, strict=True) if verdict == "correct"}
         usable: list[Kept] = []
@@ -143,7 +138,8 @@ class Labeller:
             for _ in range(n)
         ]
         completions = self._engine.generate(prompts, self._completing, seed=seed_of(seed, counts["rounds"]))
-        verdicts = self._grade(completions, [(*begun[j // n][1], *c.token_ids) for j, c in enumerate(completions)])
+        whole = [(*begun[j // n][1], *c.token_ids) for j, c in enumerate(completions)]
+        verdicts = verdicts_of(completions, whole, self._graders, self._renderer)
         tallies = [Tally.of(verdicts[j : j + n]) for j in range(0, len(verdicts), n)]
         counts.update(
             prefixes=len(begun),
@@ -154,116 +150,57 @@ class Labeller:
         )
         return tallies
 
-    def _grade(self, rollouts: Sequence[Rollout], token_ids: Sequence[Sequence[int]]) -> list[Verdict]:
-        """Verdicts of whole completions; one that was cut off is wrong, whatever it boxed, as in training."""
-        prefill = self._renderer.prefill
-        cases = [
-            (prefill + self._renderer.decode(ids), r.prompt.reference)
-            for r, ids in zip(rollouts, token_ids, strict=True)
-        ]
-        return [
-            "wrong" if r.finish_reason == "length" and grade.verdict == "correct" else grade.verdict
-            for r, grade in zip(rollouts, self._graders.grade_many(cases), strict=True)
-        ]
-
-
-def seed_of(*numbers: int) -> int:
-    """31 bits, another for each tuple of numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big") >> 1
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """What is labelled so far, a file a chunk, whole or not at all."""
-
-    folder: Path
-    prompts: list[list[Prompt]]
-    basis: str
-    """What labels depend on besides the recipe and the prompts: weights and grader."""
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"{number:06}.json"
-
-    def _key(self, number: int) -> str:
-        asked = [[p.id, p.token_ids, p.reference] for p in self.prompts[number]]
-        return hashlib.sha256(json.dumps([self.basis, asked]).encode()).hexdigest()[:24]
-
-    def read(self, number: int) -> dict[str, Any] | None:
-        """None where it was not labelled, or from other weights or problems."""
-        if not self._file(number).is_file():
-            return None
-        found = json.loads(self._file(number).read_text(encoding="utf-8"))
-        return found if found["key"] == self._key(number) else None
-
-    def write(self, number: int, records: Sequence[LabelledSteps], counts: Counter[str], seconds: float) -> None:
-        rows = [dataclasses.asdict(record) for record in records]
-        self.folder.mkdir(exist_ok=True)
-        write_json(
-            self._file(number), {"key": self._key(number), "records": rows, "counts": counts, "seconds": seconds}
-        )
-
 
 def label_steps(config: LabelSteps, run: Run) -> None:
-    from rlhf.distributed import start
     from rlhf.models import check_model_path, load_tokenizer
-    from rlhf.rollout.engine import build_engine, require_prompts_fit
+    from rlhf.rollout.engine import require_prompts_fit
 
     rollout, policy = config.rollout, config.policy
     problems = read_records(Problem, config.problems)[: config.num_problems]
     check_model_path(policy.path, "policy.path")
-    renderer = ChatRenderer(load_tokenizer(policy.path, revision=policy.revision), config.chat.system_prompt)
-    prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
+    renderer = ChatRenderer(
+        load_tokenizer(policy.path, revision=policy.revision), config.chat.system_prompt, config.chat.think
+    )
+    prompts = [renderer.problem_prompt(p) for p in problems]
     require_prompts_fit(prompts, rollout)
-    size = rollout.problems_per_chunk
-    parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    chunks = Chunks(run.folder / "chunks", parts, f"{fingerprint(policy.path)} {VERSION}")
+    chunks = Chunks.of(run, prompts, config)
     most = len(prompts) * rollout.samples_per_prompt
     say(
         f"{len(prompts):,} problems x {rollout.samples_per_prompt} solutions of at most {rollout.max_new_tokens:,} tokens: "
         f"at most {most * rollout.max_new_tokens:,} tokens before their steps are known"
     )
-    accelerator = start(config.seed)
-    todo = [n for n in range(len(parts)) if chunks.read(n) is None]
-    if len(todo) < len(parts):
-        say(f"{len(parts) - len(todo)} of {len(parts)} chunks were labelled before; going on")
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    if mine:
-        graders = GraderPool(
-            workers=config.grader.workers, timeout=config.grader.timeout_seconds, memory_mb=config.grader.memory_mb,
-            accept=config.grader.accept,
-        )  # fmt: skip
-        stop = renderer.stop_token_id
-        engine = build_engine(
-            rollout, policy.path, revision=policy.revision, stop_token_id=stop, decode=renderer.decode
-        )
-        with closing(engine), graders:
-            label_chunks(Labeller(config, engine, renderer, graders), config, chunks, mine)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def build(engine: Any, graders: GraderPool) -> Work:
+        return label_chunks(Labeller(config, engine, renderer, graders), config, len(chunks.prompts))
+
+    def describe(records: Sequence[Any], counts: Counter[str]) -> str:
+        return f"{len(records)} solutions labelled with {counts['completion_tokens']:,} tokens"
+
+    if work_off(chunks, config, renderer, build, describe):
         finish(run, chunks)
 
 
-def label_chunks(labeller: Labeller, config: LabelSteps, chunks: Chunks, numbers: Sequence[int]) -> None:
-    """The chunks of this rank, one after the other; what they will cost is said as soon as the first one's solutions are there."""
-    began = time.perf_counter()
-    for done, number in enumerate(numbers):
-        started = time.perf_counter()
-        kept, counts = labeller.solve(chunks.prompts[number], seed_of(config.seed, number, 0))
-        if done == 0:
-            say(expected_cost(config, [k.solution for k in kept], counts, len(numbers)))
+def label_chunks(labeller: Labeller, config: LabelSteps, num_chunks: int) -> Work:
+    """Labels one chunk after the other; what all will cost is said as soon as the first one's solutions are there."""
+    said = False
+
+    def work(prompts: Sequence[Prompt], number: int) -> tuple[list[LabelledSteps], Counter[str]]:
+        nonlocal said
+        kept, counts = labeller.solve(prompts, seed_of(config.seed, number, 0))
+        if not said:
+            say(expected_cost(config, [k.solution for k in kept], counts, num_chunks))
+            said = True
         records, more = labeller.label(kept, seed_of(config.seed, number, 1))
         counts.update(more)  # adding them would drop what is 0
-        chunks.write(number, records, counts, time.perf_counter() - started)
-        left = (time.perf_counter() - began) / (done + 1) * (len(numbers) - done - 1)
-        say(
-            f"  chunk {done + 1} of {len(numbers)}: {len(records)} solutions labelled with {more['completion_tokens']:,} tokens, about {left:.0f} s left"
-        )
+        return records, counts
+
+    return work
 
 
 def expected_cost(
     config: LabelSteps, solutions: Sequence[SampledSolution], counts: Counter[str], num_chunks: int
 ) -> str:
-    """What this rank will sample, from its first chunk's solutions, before their completions."""
+    """What all chunks will sample, from the first one's solutions, before their completions."""
     n = config.rollout.completions_per_prefix
     prefixes, tokens = expected_completion_tokens(solutions, estimate=config.estimate, completions_per_prefix=n)
     solving = counts["solution_tokens"] * num_chunks
@@ -279,13 +216,8 @@ def finish(run: Run, chunks: Chunks) -> None:
     Raises:
         ValueError: when nothing could be labelled.
     """
-    found = [chunks.read(n) for n in range(len(chunks.prompts))]
-    counts: Counter[str] = Counter()
-    records: list[LabelledSteps] = []
-    for part in found:
-        assert part is not None
-        counts.update(part["counts"])
-        records += [parse_record(LabelledSteps, row) for row in part["records"]]
+    rows_found, counts, seconds = chunks.collect()
+    records = [parse_record(LabelledSteps, row) for row in rows_found]
     if not records:
         raise ValueError(
             f"none of {counts['solutions']:,} solutions was labelled ({dict(counts)}); a higher rollout.temperature gives more wrong ones, "
@@ -299,11 +231,10 @@ def finish(run: Run, chunks: Chunks) -> None:
         rows.append(("prompt tokens from the cache", f"{share:.1%}"))
     say(format_table([*rows, (LABELS, f"{len(records):,} solutions, {right:.1%} of their steps right")]))
     tokens = counts["solution_tokens"] + counts["completion_tokens"]
-    seconds = sum(part["seconds"] for part in found if part is not None)
     run.finish(
         **counts, records=len(records), right_steps=right, sampled_tokens=tokens, labelling_seconds=round(seconds, 1)
     )
-    shutil.rmtree(chunks.folder)
+    chunks.remove()
 
 
 if __name__ == "__main__":

@@ -67,12 +67,14 @@ def build_judge(config: Difficulty, seed: int) -> Judge:
 
     policy, rollout = config.policy, config.rollout
     check_model_path(policy.path, "difficulty.policy.path")
-    renderer = ChatRenderer(load_tokenizer(policy.path, revision=policy.revision), config.chat.system_prompt)
+    renderer = ChatRenderer(
+        load_tokenizer(policy.path, revision=policy.revision), config.chat.system_prompt, config.chat.think
+    )
     stop, graders = renderer.stop_token_id, GraderPool()
     engine = build_engine(rollout, policy.path, revision=policy.revision, stop_token_id=stop, decode=renderer.decode)
 
     def judge(problems: list[Problem]) -> list[float | None]:
-        prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
+        prompts = [renderer.problem_prompt(p) for p in problems]
         require_prompts_fit(prompts, rollout)
         n = rollout.samples_per_prompt
         samples = engine.generate(

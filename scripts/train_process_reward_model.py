@@ -21,7 +21,7 @@ def train_process_reward_model(config: ProcessRewardModel, run: Run) -> None:
     ]
     check_model_path(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
-    renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
+    renderer = ChatRenderer(tokenizer, config.chat.system_prompt, config.chat.think)
 
     def read(record: LabelledSteps) -> Solution:
         prompt = renderer.prompt_ids(record.question)

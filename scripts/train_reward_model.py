@@ -16,7 +16,7 @@ def train_reward_model(config: RewardModel, run: Run) -> None:
     }
     check_model_path(config.model.path, "model.path")
     renderer = ChatRenderer(
-        load_tokenizer(config.model.path, revision=config.model.revision), config.chat.system_prompt
+        load_tokenizer(config.model.path, revision=config.model.revision), config.chat.system_prompt, config.chat.think
     )
 
     def tokens(pair: PreferencePair) -> TokenPair:

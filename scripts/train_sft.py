@@ -12,7 +12,7 @@ def train_sft(config: SFT, run: Run) -> None:
     demonstrations = read_records(Demonstration, config.demonstrations)
     check_model_path(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
-    renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
+    renderer = ChatRenderer(tokenizer, config.chat.system_prompt, config.chat.think)
     renderer.require_round_trip(demonstrations[0].question, response_of(demonstrations[0]))
     examples = [
         Example(prompt_ids=prompt, response_ids=response)

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from itertools import islice
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoModelForTokenClassification
@@ -21,6 +22,8 @@ from reward_models.process import DESCRIPTION, Description
 from rlhf.config import Architecture
 from rlhf.models import build_qwen3
 
+hypothesis.settings.register_profile("any_machine", deadline=None)  # a busy one is many times slower
+hypothesis.settings.load_profile("any_machine")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

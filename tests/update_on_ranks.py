@@ -21,6 +21,7 @@ from rlhf.experience import Ranks, estimate
 from rlhf.lora import adapt
 from rlhf.metrics import Metrics
 from rlhf.models import load_causal_lm
+from rlhf.retention import Remembered
 from rlhf.shapes import moe_blocks
 from rlhf.types import Prompt, Rollout, Score
 from rlhf.updater import Updater
@@ -44,6 +45,13 @@ FAMILY = {
         "algorithm.kl_coefficient=0.1",
     ),
     "frozen": ("base", "grpo", "reference={kind: frozen, path: the model}", "algorithm.kl_coefficient=0.1"),
+    "retained": (
+        "retained",
+        "grpo",
+        "retention.elastic={fisher: made here, coefficient: 10}",
+        "retention.ptx={demonstrations: some rollouts, coefficient: 0.5, tokens_per_step: 60}",
+    ),
+    "ptx": ("base", "grpo", "retention.ptx={demonstrations: some rollouts, coefficient: 0.5, tokens_per_step: 60}"),
     "moe": ("moe", "grpo", "optimizer.warmup_steps=2", "policy.router_aux_coefficient=1"),
     "mixtral": (
         "mixtral",
@@ -119,7 +127,16 @@ def build(recipe, model, *overrides):
             torch.nn.init.normal_(critic.score.weight, std=0.3)
     frozen = config.reference is not None and config.reference.kind == "frozen"
     reference = load_causal_lm(model, revision=None, dtype="float32") if frozen else None
-    updater = Updater(config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=0)
+    torch.manual_seed(2)
+    remembered = Remembered(
+        fisher={name: torch.rand(p.shape) for name, p in policy.named_parameters()}
+        if config.retention.elastic
+        else None,
+        demonstrations=stored_rollouts()[0][:5] if config.retention.ptx else (),
+    )
+    updater = Updater(
+        config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=0, remembered=remembered
+    )
     return config, accelerator, updater
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.models import Lora
-from rlhf.config.sections import Dtype, Optimizer, PositiveInt, Section
+from rlhf.config.sections import Dtype, Optimizer, PositiveInt, Schedule, Section, scheduled
 
 
 class Reference(Section):
@@ -51,6 +51,8 @@ class Algorithm(Section):
     over sequences of each one's sum (LUSPO, with the loss sequence_clipped)."""
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """What a nat of entropy is worth in the loss, each token weighted as in the policy loss."""
+    entropy_schedule: Schedule | None = None
+    """Of the coefficient."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
     """Weight tokens by how much likelier the trainer finds them than the engine did, bounded (TIS) or dropped beyond the bound (MIS)."""
     sampler_correction_level: Literal["token", "sequence"] = "token"
@@ -81,8 +83,16 @@ class Algorithm(Section):
     step_temperature: Annotated[float, Field(gt=0)] = 0.1
     """Of the soft minimum of `min`, in units of the steps' rewards before their weight; smaller is closer to the worst step alone."""
 
+    def entropy_coefficient_at(self, batch: int) -> float:
+        """Of rollout batch number `batch`, from 0."""
+        return scheduled(self.entropy_coefficient, self.entropy_schedule, batch + 1)
+
     @model_validator(mode="after")
     def _coefficients(self) -> Algorithm:
+        if self.entropy_schedule is not None and self.entropy_schedule.to < 0:
+            raise ValueError(f"entropy_schedule.to is {self.entropy_schedule.to}; set it to 0 or more")
+        if self.entropy_schedule is not None and self.entropy_target is not None:
+            raise ValueError("entropy_schedule and entropy_target both move entropy_coefficient; remove one of them")
         if self.kl_target is not None and self.kl_coefficient == 0:
             raise ValueError(
                 f"kl_target is {self.kl_target} but kl_coefficient, where it starts, is 0; set a coefficient or remove the target"
@@ -101,8 +111,12 @@ class Algorithm(Section):
 class GroupAlgorithm(Algorithm):
     """How the samples of a prompt are compared (the equations are in rlhf/advantages.py)."""
 
-    advantage: Literal["group_relative", "leave_one_out", "batch_normalised", "group_baseline"] = "group_relative"
-    """GRPO, RLOO, REINFORCE++, REINFORCE++ with baseline."""
+    advantage: Literal["group_relative", "leave_one_out", "batch_normalised", "group_baseline", "pass_at_k"] = (
+        "group_relative"
+    )
+    """GRPO, RLOO, REINFORCE++, REINFORCE++ with baseline, and the best of k samples of a prompt in place of each one."""
+    pass_at: Annotated[int, Field(ge=2)] | None = None
+    """The k of `pass_at_k`: at most rollout.samples_per_prompt."""
     scale_by_std: bool = True
     """Divide by the standard deviation (GRPO) or not (Dr. GRPO)."""
     normalise_components: bool = False
@@ -112,6 +126,12 @@ class GroupAlgorithm(Algorithm):
 
     @model_validator(mode="after")
     def _components(self) -> GroupAlgorithm:
+        if (self.advantage == "pass_at_k") != (self.pass_at is not None):
+            raise ValueError(
+                f"advantage is {self.advantage} and pass_at is {self.pass_at}; pass_at_k needs a k under pass_at, and nothing else reads it"
+            )
+        if self.advantage == "pass_at_k" and self.normalise_components:
+            raise ValueError("advantage is pass_at_k and normalise_components would not use it; remove one of them")
         if self.normalise_components and not self.scale_by_std:
             raise ValueError(
                 "normalise_components divides by standard deviations and scale_by_std is false; set one of them the other way"

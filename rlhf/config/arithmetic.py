@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf.config.loading import Config
 from rlhf.config.models import Model
-from rlhf.config.offline import SFT, Offline, ProcessRewardModel, RewardModel
+from rlhf.config.offline import SFT, Offline, ProcessRewardModel
 from rlhf.config.online import PPO, Online
 
 
@@ -20,8 +20,8 @@ def batch_arithmetic(config: Config, num_ranks: int) -> list[tuple[str, str]]:
         ValueError: when the numbers do not divide over `num_ranks`.
     """
     if isinstance(config, Offline):
-        kinds = {SFT: "demonstrations", RewardModel: "pairs", ProcessRewardModel: "solutions"}
-        training, what = config.training, kinds[type(config)]
+        kinds = {SFT: "demonstrations", ProcessRewardModel: "solutions"}
+        training, what = config.training, kinds.get(type(config), "pairs")
         accumulation = training.accumulation(num_ranks)
         return [
             ("ranks", f"{num_ranks}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rlhf.config.models import Weights
 from rlhf.config.sections import Chat, PositiveInt, Rollout, Section, Share
@@ -19,6 +19,12 @@ class StoriesSource(Section):
     max_level: Annotated[int, Field(ge=1, le=6)] = 5
     answers_at_once: Share = 0.6
     """Share of the demonstrations that answer without a scratchpad."""
+    budgets: dict[
+        Literal["short", "long"] | Annotated[Literal["off"], BeforeValidator(lambda v: "off" if v is False else v)],
+        Annotated[float, Field(gt=0)],
+    ] = {}
+    """Thinking budgets of demonstrations and problems, and the weight of each: off answers at once, short writes down the first
+    three sums, long all of them. Without any, `answers_at_once` decides."""
 
     @model_validator(mode="after")
     def _levels_in_order(self) -> StoriesSource:

@@ -13,8 +13,11 @@ from rlhf.config.evaluation import Evaluate, EvaluateProcess, Judging
 from rlhf.config.models import BuildModel
 from rlhf.config.offline import SFT, ProcessRewardModel, RewardModel
 from rlhf.config.online import GRPO, PPO
-from rlhf.config.samples import LabelSteps
+from rlhf.config.preference import DPO, ORPO
+from rlhf.config.retention import EstimateFisher, Forgetting
+from rlhf.config.samples import GenerateTraces, LabelSteps, MakePairs
 from rlhf.config.sections import Section, nearest
+from rlhf.config.thinking import EvaluateThinking
 
 
 class PipelineStage(Section):
@@ -41,12 +44,19 @@ Config = (
     | SFT
     | RewardModel
     | LabelSteps
+    | MakePairs
+    | GenerateTraces
     | ProcessRewardModel
     | EvaluateProcess
     | Judging
+    | ORPO
+    | DPO
     | GRPO
     | PPO
     | Evaluate
+    | EstimateFisher
+    | Forgetting
+    | EvaluateThinking
     | Pipeline
 )
 STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[0]: c for c in get_args(Config)}
@@ -55,7 +65,7 @@ STAGES: dict[str, type[Config]] = {get_args(c.model_fields["stage"].annotation)[
 class RecipeLoader(yaml.SafeLoader):
     """YAML in which only true and false are truth values, so that `off` is a word, and in which a key stands once."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
+    yaml_implicit_resolvers = {
         start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or start in "tTfF"]
         for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.models import LanguageModel, Model
+from rlhf.config.preference import DPO, ORPO
 from rlhf.config.sections import Chat, OfflineTraining, Optimizer, PositiveInt, Section
 
 
@@ -91,5 +92,5 @@ class ProcessRewardModel(Section):
         return self
 
 
-Offline = SFT | RewardModel | ProcessRewardModel
+Offline = SFT | RewardModel | ProcessRewardModel | ORPO | DPO
 """Stages that train on a fixed data set."""

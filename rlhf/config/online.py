@@ -7,9 +7,22 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.algorithm import Algorithm, Critic, GroupAlgorithm, PPOAlgorithm, Reference
+from rlhf.config.curriculum import Curriculum, Replay, UniformCurriculum
 from rlhf.config.models import Policy
+from rlhf.config.retention import Retention, require_controls
 from rlhf.config.rewards import ModelReward, ProcessRewardModelReward, Reward, RuleReward
-from rlhf.config.sections import Chat, Grader, Optimizer, PositiveInt, Rollout, Section, Share, nearest
+from rlhf.config.sections import (
+    Chat,
+    Grader,
+    Optimizer,
+    PositiveInt,
+    Rollout,
+    Schedule,
+    Section,
+    Share,
+    nearest,
+    scheduled,
+)
 from rlhf.metrics import MEANING
 
 
@@ -41,13 +54,15 @@ class Watch(Section):
     max_correctness_loss: Share = 0.1
     """That correctness may lose against its best window while the reward rises."""
     max_surface_share: Share = 0.5
-    """Of the variance behind the advantages, by components of the kinds format, length, overlong and repetition."""
+    """Of the variance behind the advantages, by components of the kinds format, length, overlong, repetition, cosine and target_length."""
     max_repetition: Share = 0.3
     """Share of the 8-grams of tokens that stood in the completion before; an alarm also needs twice that of the first window."""
     max_kl_slope: Annotated[float, Field(gt=0)] = 0.01
     """Nats per token and optimizer step, with a reference."""
     min_spread: Share = 0.25
     """Of the standard deviation within groups in the first window."""
+    min_distinct: Share = 0.25
+    """Of the different scratchpads of a prompt in the first window."""
     max_length_growth: Annotated[float, Field(gt=1)] = 2.0
     """Factor over the mean length in the first window."""
     ceiling: Share = 0.9
@@ -96,12 +111,26 @@ class OnlineRollout(Rollout):
     """For the engine `server`."""
     prompts_per_batch: PositiveInt
     """Over all ranks. A rollout batch is sampled by one policy version."""
+    temperature_schedule: Schedule | None = None
+    """From `temperature` on, a rollout batch is sampled, and its log-probabilities are taken, at a temperature of its own."""
     record_experts: bool = False
     """Note which experts of a mixture the engine sent each token to: policy.router_replay needs it, moe/disagreement is measured with it.
     On a CPU the engine then computes a prompt once for each sample."""
     refill_rounds: Annotated[int, Field(ge=0)] = 0
     """How often groups without signal are replaced by fresh prompts' groups before training: dynamic sampling (DAPO,
     https://arxiv.org/abs/2503.14476, section 3.2) with a budget. What is left without signal after the last round stays."""
+
+    def temperature_at(self, batch: int) -> float:
+        """The temperature of rollout batch number `batch`, from 0: of its samples, and of every log-probability in training on them."""
+        return scheduled(self.temperature, self.temperature_schedule, batch + 1)
+
+    @model_validator(mode="after")
+    def _temperature_above_0(self) -> OnlineRollout:
+        if self.temperature_schedule is not None and self.temperature_schedule.to <= 0:
+            raise ValueError(
+                f"rollout.temperature_schedule.to is {self.temperature_schedule.to}, where nothing is left to chance; set it above 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _server_has_its_section(self) -> OnlineRollout:
@@ -158,6 +187,10 @@ class Online(Section):
     problems: str
     demonstrations: str
     """Reference solutions: before training they must earn the full reward, and after each weight push both sides score some of them."""
+    curriculum: Curriculum = UniformCurriculum()
+    """Which problems come next (docs/guides/curriculum.md)."""
+    replay: Replay | None = None
+    """Off without it."""
     rollout: OnlineRollout
     rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     grader: Grader = Grader()
@@ -166,6 +199,7 @@ class Online(Section):
     optimizer: Optimizer
     guards: Guards = Guards()
     watch: Watch = Watch()
+    retention: Retention = Retention()
 
     @model_validator(mode="after")
     def _relations(self) -> Online:
@@ -270,6 +304,7 @@ class Online(Section):
             raise ValueError(
                 f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported"
             )
+        require_controls(self)
         return self
 
 
@@ -285,6 +320,28 @@ class GRPO(Online):
         if self.rollout.samples_per_prompt < 2:
             raise ValueError(
                 f"group_relative compares samples of one prompt and rollout.samples_per_prompt is {self.rollout.samples_per_prompt}; set it to 2 or more"
+            )
+        if self.replay is not None and self.algorithm.sampler_correction == "none":
+            raise ValueError(
+                "replay brings back completions of older policies and algorithm.sampler_correction is none: they would be trained on as if they were the "
+                "policy's own; set it to truncate or mask"
+            )
+        if self.replay is not None and self.replay.per_group >= self.rollout.samples_per_prompt:
+            raise ValueError(
+                f"replay.per_group is {self.replay.per_group} of rollout.samples_per_prompt {self.rollout.samples_per_prompt}, so no completion of now would be left; "
+                "lower it"
+            )
+        if self.replay is not None and self.rollout.record_experts:
+            raise ValueError(
+                "replay brings back completions that the routers of older policies sent elsewhere, and rollout.record_experts compares them; remove one of them"
+            )
+        if (self.algorithm.pass_at or 0) > self.rollout.samples_per_prompt:
+            raise ValueError(
+                f"algorithm.pass_at is {self.algorithm.pass_at}, more than rollout.samples_per_prompt {self.rollout.samples_per_prompt}; lower it"
+            )
+        if self.algorithm.pass_at is not None and any(reward.kind == "process_reward_model" for reward in self.rewards):
+            raise ValueError(
+                "algorithm.advantage is pass_at_k, which compares whole completions, and a reward judges steps; take another advantage"
             )
         return self
 
@@ -303,6 +360,8 @@ class PPO(Online):
             raise ValueError(
                 f"critic.warmup_batches is {self.critic.warmup_batches} of training.num_batches {self.training.num_batches}, so the policy would never be trained; lower it"
             )
+        if self.replay is not None:
+            raise ValueError("replay mends groups without signal; with a critic every completion has one: remove it")
         if self.rollout.refill_rounds:
             raise ValueError(
                 "rollout.refill_rounds replaces groups without signal; with a critic every completion has one: set it to 0"

@@ -6,25 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rlhf.config.sections import PositiveInt, Section
-
-
-class WeightSchedule(Section):
-    """A component's weight moves in a straight line to another one, by the number of the rollout batch: from 1, as in metrics.jsonl."""
-
-    to: float
-    first_batch: PositiveInt = 1
-    """Up to it, it is the component's `weight`."""
-    last_batch: PositiveInt
-    """From it on, it is `to`."""
-
-    @model_validator(mode="after")
-    def _batches_in_order(self) -> WeightSchedule:
-        if self.first_batch >= self.last_batch:
-            raise ValueError(
-                f"first_batch is {self.first_batch} and last_batch is {self.last_batch}; the weight moves between them, so raise last_batch"
-            )
-        return self
+from rlhf.config.sections import PositiveInt, Schedule, Section, Think
 
 
 class Applies(Section):
@@ -51,7 +33,8 @@ class RewardComponent(Section):
     kind: str
     """What it is; the same as the name by default."""
     weight: float = 1.0
-    schedule: WeightSchedule | None = None
+    schedule: Schedule | None = None
+    """Of the weight."""
     scale: Annotated[float, Field(gt=0)] = 1.0
     """Raw values are divided by it."""
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -80,6 +63,37 @@ class RuleReward(RewardComponent):
                 if self.kind == "overlong"
                 else f"reward {self.kind} has buffer_tokens {self.buffer_tokens}, which only overlong reads; remove it"
             )
+        return self
+
+
+class CosineReward(RewardComponent):
+    """From `at_zero` tokens to `at_limit` tokens, rollout.max_new_tokens, along half a cosine (reward_models/verifiable.py)."""
+
+    kind: Literal["cosine"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    at_zero: float
+    """Value of an empty completion."""
+    at_limit: float
+    """Value of one of rollout.max_new_tokens."""
+    exceeded: float | None = None
+    """Value of one that was cut by it; at_limit by default."""
+
+
+class TargetLengthReward(RewardComponent):
+    """How near a completion's length is to the target of its prompt's thinking budget (reward_models/verifiable.py)."""
+
+    kind: Literal["target_length"]  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
+    tokens: dict[Think, PositiveInt] = {}
+    """Target of each budget that is a word; numbers are their own."""
+    form: Literal["exact", "at_most"] = "exact"
+    """L1-Exact, minus the distance, or L1-Max, which should be gated by correctness."""
+    per_token: Annotated[float, Field(gt=0)] = 0.0003
+    slack: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of `at_most`: the value at the target; 0.5 by default."""
+
+    @model_validator(mode="after")
+    def _slack_belongs_to_at_most(self) -> TargetLengthReward:
+        if self.form == "exact" and self.slack is not None:
+            raise ValueError(f"form is exact and slack is {self.slack}, which only at_most reads; remove it")
         return self
 
 
@@ -197,8 +211,10 @@ REWARD_CLASSES = {
     "reward_model": "RewardModelReward",
     "process_reward_model": "ProcessRewardModelReward",
     "judge": "JudgeReward",
+    "cosine": "CosineReward",
+    "target_length": "TargetLengthReward",
 }
-"""Kinds of component that are no rules, and their classes."""
+"""Kinds of component with keys of their own, and their classes."""
 
 
 def _reward_class(raw: Any) -> str:
@@ -213,6 +229,8 @@ Reward = Annotated[
     | Annotated[ProcessRewardModelReward, Tag("ProcessRewardModelReward")]
     | Annotated[RewardServerReward, Tag("RewardServerReward")]
     | Annotated[JudgeReward, Tag("JudgeReward")]
+    | Annotated[CosineReward, Tag("CosineReward")]
+    | Annotated[TargetLengthReward, Tag("TargetLengthReward")]
     | Annotated[RuleReward, Tag("RuleReward")],
     Discriminator(_reward_class),
 ]

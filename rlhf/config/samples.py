@@ -6,7 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf.config.evaluation import EvaluatedModel
 from rlhf.config.models import Weights
+from rlhf.config.rewards import ModelReward, Reward
 from rlhf.config.sections import Chat, Grader, PositiveInt, Rollout, Section, Share
 
 
@@ -49,3 +51,99 @@ class LabelSteps(Section):
     rollout: LabellingRollout
     grader: Grader = Grader()
     script: ClassVar[str] = "scripts/label_steps.py"
+
+
+class SampledRollout(Rollout):
+    problems_per_chunk: PositiveInt = 256
+    """Sampled, graded and stored together: what a kill costs at most. Part of the seed, so another value draws other samples."""
+
+
+class MakePairs(Section):
+    """Preference pairs from a policy's own completions, graded or scored (reward_models/pairing.py)."""
+
+    stage: Literal["make_pairs"]
+    output_dir: str
+    seed: int = 0
+    policy: Weights
+    chat: Chat = Chat()
+    problems: str
+    num_problems: PositiveInt | None = None
+    """The first so many; all by default."""
+    first_problem: Annotated[int, Field(ge=0)] = 0
+    """How many problems of the file to pass over, so that rounds see different ones."""
+    pairing: Literal["correct_wrong", "best_worst"] = "correct_wrong"
+    """A random correct completion against a random wrong one, or the one with the highest value of `rewards` against the one with the lowest."""
+    rewards: tuple[Reward, ...] = ()
+    """For best_worst."""
+    pairs_per_problem: PositiveInt = 1
+    """At most; with correct_wrong no completion is in two pairs, with best_worst there is one."""
+    min_margin: Annotated[float, Field(ge=0)] = 0.0
+    """With best_worst: difference of the two values below which a problem gives no pair."""
+    truncated: Literal["reject", "leave_out"] = "reject"
+    """A completion cut by rollout.max_new_tokens is never chosen. It may be rejected, then without a stop token, or is in no pair."""
+    rollout: SampledRollout
+    grader: Grader = Grader()
+    script: ClassVar[str] = "scripts/make_pairs.py"
+
+    @model_validator(mode="after")
+    def _relations(self) -> MakePairs:
+        if (self.pairing == "best_worst") != bool(self.rewards):
+            problem = (
+                "rewards is empty, so nothing says which completion is the best"
+                if not self.rewards
+                else "rewards is set, which nothing would read"
+            )
+            raise ValueError(f"pairing is {self.pairing} and {problem}; give rewards to best_worst and only to it")
+        if self.pairing == "best_worst" and self.pairs_per_problem > 1:
+            raise ValueError(
+                f"pairing is best_worst and pairs_per_problem is {self.pairs_per_problem}; a problem has one best and one worst: set it to 1"
+            )
+        if self.pairing == "correct_wrong" and self.min_margin > 0:
+            raise ValueError(
+                f"pairing is correct_wrong and min_margin is {self.min_margin}, which only best_worst reads; remove it"
+            )
+        if self.rollout.samples_per_prompt < 2:
+            raise ValueError("rollout.samples_per_prompt is 1 and a pair has two; set it to 2 or more")
+        if any(isinstance(r, ModelReward) and r.placement == "sharded" for r in self.rewards):
+            raise ValueError("rewards has a model with placement sharded, which is for training; set it to whole")
+        return self
+
+
+class TraceJudge(Section):
+    """A process model that has a say in which completions become traces."""
+
+    path: str
+    """Folder of scripts/train_process_reward_model.py."""
+    aggregate: Literal["min", "product", "mean", "last"] = "min"
+    """What of its steps' probabilities is the score of a completion."""
+    min_score: Share = 0.5
+
+
+class GenerateTraces(Section):
+    """Demonstrations from a stronger policy's completions: what the grader accepts, without duplicates (data/traces.py)."""
+
+    stage: Literal["generate_traces"]
+    output_dir: str
+    seed: int = 0
+    policy: EvaluatedModel
+    """Loaded by rollout.engine, or asked where policy.server says; then only the tokenizer at `path` is read."""
+    chat: Chat = Chat()
+    problems: str
+    num_problems: PositiveInt | None = None
+    """The first so many; all by default."""
+    first_problem: Annotated[int, Field(ge=0)] = 0
+    """How many problems of the file to pass over."""
+    process_model: TraceJudge | None = None
+    require_thoughts: bool = True
+    """Leave out what answers at once."""
+    near_threshold: Annotated[float, Field(gt=0, le=1)] | None = 0.8
+    """Least estimated Jaccard similarity of near duplicates, among the traces of one problem; null keeps them. Equal ones always count once."""
+    shingle_words: PositiveInt = 5
+    """Words of the n-grams that are compared."""
+    max_per_problem: PositiveInt = 1
+    prefer: Literal["shortest", "random"] = "shortest"
+    """Which of a problem's traces stay where there are more."""
+    rollout: SampledRollout
+    """A completion cut by max_new_tokens is never a trace."""
+    grader: Grader = Grader()
+    script: ClassVar[str] = "scripts/generate_traces.py"

@@ -3,19 +3,56 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
 
 
+def _as_word(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
+Think = Annotated[str, BeforeValidator(_as_word), Field(pattern=r"^(off|short|long|[1-9]\d*)$")]
+"""A thinking budget: a word, or a number of tokens."""
+
+
 class Section(BaseModel):
     """A block of a recipe: immutable, and closed to keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Schedule(Section):
+    """A number moves in a straight line to another one, by the number of the rollout batch: from 1, as in metrics.jsonl."""
+
+    to: float
+    first_batch: PositiveInt = 1
+    """Up to it, it is the number that the recipe gives."""
+    last_batch: PositiveInt
+    """From it on, it is `to`."""
+
+    @model_validator(mode="after")
+    def _batches_in_order(self) -> Schedule:
+        if self.first_batch >= self.last_batch:
+            raise ValueError(
+                f"first_batch is {self.first_batch} and last_batch is {self.last_batch}; the number moves between them, so raise last_batch"
+            )
+        return self
+
+
+def scheduled(start: float, schedule: Schedule | None, batch: int) -> float:
+    """The number in rollout batch number `batch`, from 1: a function of its arguments, so that a resumed run repeats it.
+
+    start + (to - start) clip((batch - first) / (last - first), 0, 1)
+    """
+    if schedule is None:
+        return start
+    way = (batch - schedule.first_batch) / (schedule.last_batch - schedule.first_batch)
+    return start + (schedule.to - start) * min(max(way, 0.0), 1.0)
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -28,6 +65,8 @@ class Chat(Section):
     """How questions are put to the model, the same in every stage."""
 
     system_prompt: str | None = None
+    think: Think | None = None
+    """Thinking budget of the questions whose record has none of its own (data/chat.py); by default those have none."""
 
 
 class Optimizer(Section):

@@ -96,7 +96,14 @@ class LogLines(TrainerCallback):
             return
         row = {"step": state.global_step, **{k: float(v) for k, v in logs.items()}}
         append_jsonl(self._path, row)
-        accuracy = next((f"  accuracy {row[k]:.3f}" for k in ("mean_token_accuracy", "accuracy") if k in row), "")
+        accuracy = next(
+            (
+                f"  accuracy {row[k]:.3f}"
+                for k in ("preference/accuracy", "rewards/accuracies", "mean_token_accuracy", "accuracy")
+                if k in row
+            ),
+            "",
+        )
         say(
             f"step {state.global_step:>5}/{state.max_steps}  loss {row['loss']:.4f}{accuracy}  grad_norm {row['grad_norm']:.2f}"
         )

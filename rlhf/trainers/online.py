@@ -11,27 +11,31 @@ optimizer steps, `passes_per_batch` times (rlhf/updater.py). GRPO, PPO and their
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from rlhf import training_state
 from rlhf.ahead import Ahead
 from rlhf.checkpoint import best_whole, newest_whole, read_state, save_checkpoint, sync_to_disk
 from rlhf.completions import batch_file, completion_rows, drop_from, write_rows
 from rlhf.config import Online
+from rlhf.curriculum import Choice, Curriculum, outcomes
 from rlhf.distributed import gather, second_group
 from rlhf.experience import Experience, Ranks, describe, describe_advantages, estimate, has_signal
 from rlhf.guards import require_fresh, require_judged, require_one_policy
 from rlhf.lora import save_model
 from rlhf.metrics import Metrics, append_jsonl, console_line, read_jsonl, reduce_metrics, truncate_jsonl
 from rlhf.quantization import has_quantised
+from rlhf.replay import ReplayBuffer, successes
+from rlhf.retention import NOTHING, Remembered
 from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.rollout_buffer import RolloutBuffer, unjudged
 from rlhf.run import Run, git_revision, peak_memory_gb, say
@@ -42,16 +46,6 @@ from rlhf.weight_sync import Freshness, Probe, WeightSync, send_weights
 
 PARTS = ("rollout", "reward", "train", "sync")
 """Of a rollout batch's time."""
-
-
-def prompt_stream(num_prompts: int, start: int, count: int, *, seed: int) -> list[int]:
-    """Prompts number `start` to `start + count` of endless epochs of fresh permutations: a function of its arguments, so a resume repeats it."""
-    places = [divmod(position, num_prompts) for position in range(start, start + count)]
-    orders = {
-        epoch: random.Random(f"{seed}-{epoch}").sample(range(num_prompts), num_prompts)
-        for epoch in {e for e, _ in places}
-    }
-    return [orders[epoch][offset] for epoch, offset in places]
 
 
 class OnlineTrainer:
@@ -69,6 +63,7 @@ class OnlineTrainer:
         probes: sequences for the freshness check.
         pad_token_id: of the tokenizer.
         run: where metrics and checkpoints go.
+        remembered: what the recipe's controls of forgetting are about.
     """
 
     def __init__(
@@ -85,13 +80,22 @@ class OnlineTrainer:
         probes: Sequence[Probe],
         pad_token_id: int,
         run: Run,
+        remembered: Remembered = NOTHING,
     ) -> None:
         self.config, self.accelerator, self.engine = config, accelerator, engine
         self.prompts, self.reward_fn, self.run = prompts, reward_fn, run
         self.updater = Updater(
-            config, accelerator, policy=policy, reference=reference, critic=critic, pad_token_id=pad_token_id
+            config,
+            accelerator,
+            policy=policy,
+            reference=reference,
+            critic=critic,
+            pad_token_id=pad_token_id,
+            remembered=remembered,
         )
         self.first_batch = self.prompts_used = 0
+        self.curriculum = Curriculum(config.curriculum, prompts, seed=config.seed)
+        self.replay = ReplayBuffer(config.replay, config.rollout.samples_per_prompt) if config.replay else None
         self.watch = Watch.of(config)
         self.last_row: dict[str, float] = {}
         self.under_way: RolloutBuffer | None = None
@@ -147,6 +151,7 @@ class OnlineTrainer:
         """
         training = self.config.training
         history = []
+        self._look_back(0, Metrics())
         for batch in range(self.first_batch, training.num_batches):
             if self.ahead is not None:
                 self.ahead.go_to(min(batch + training.max_staleness, training.num_batches - 1))
@@ -156,6 +161,7 @@ class OnlineTrainer:
             with _timed(seconds, "sync"):
                 freshness = self._push()
             require_one_policy(gather(self.accelerator, [freshness.level]))
+            self._look_back(batch + 1, metrics)
             metrics.add("sync/error", total=freshness.error, count=1)
             _describe_costs(buffer.experience, seconds, metrics)
             row = {"batch": batch + 1, "step": self.policy_version, **self._means(metrics)}
@@ -194,8 +200,13 @@ class OnlineTrainer:
         buffer.metrics.add(
             "rollout/age", total=sum(self.policy_version - r.policy_version for r in rollouts), count=len(rollouts)
         )
+        if self.replay is not None:
+            size = self.config.rollout.samples_per_prompt
+            fresh = gather(self.accelerator, successes(rollouts, scores, size=size, batch=batch))
+            rollouts, scores = self.replay.rescue(rollouts, scores, batch=batch, metrics=buffer.metrics)
+            self.replay.add(fresh)
         with _timed(buffer.seconds, "reward"):
-            buffer.experience = self.judge(rollouts, scores, buffer.metrics)
+            buffer.experience = self.judge(rollouts, scores, buffer.metrics, batch)
         return buffer
 
     @property
@@ -209,6 +220,13 @@ class OnlineTrainer:
         in_flight = server is not None and server.update_in_flight
         with nullcontext() if self.ahead is None or in_flight else self.ahead.between_batches():
             return self.sync.push(policy_version=self.policy_version)
+
+    def _look_back(self, batch: int, metrics: Metrics) -> None:
+        """After `batch` rollout batches: what is left of the held-out ability, where the recipe asks, and the coefficient that follows it."""
+        if self.updater.retention.is_due(batch):
+            with nullcontext() if self.ahead is None else self.ahead.between_batches():
+                self.updater.retention.look(self.engine, self.accelerator, metrics)
+            self.updater.follow_ability()
 
     def _update(self, buffer: RolloutBuffer, batch: int) -> None:
         """The optimizer steps that are left on a rollout batch, with checkpoints between them."""
@@ -271,11 +289,16 @@ class OnlineTrainer:
         waiting_batches = self.ahead.all_that_wait() if self.ahead is not None else {}
         learners = self.updater.learners
         files = training_state.collect(learners, self.updater.followers)
+        replayed: dict[str, Any] | None = None
+        if self.replay is not None:
+            files["replay"], replayed = self.replay.to_files()
         state = {
             **self.updater.state(),
             "step": step,
             "batch": batch,
             "prompts_used": self.prompts_used,
+            "curriculum": self.curriculum.state(),
+            "replay": replayed,
             "learners": training_state.schedules(learners),
             "ranks": self.accelerator.num_processes,
             "metrics": self.last_row,
@@ -310,6 +333,10 @@ class OnlineTrainer:
         training_state.restore(checkpoint, state, self.updater.learners, self.updater.followers)
         self.updater.restore(state)
         self.watch.restore(state["watch"])
+        if "curriculum" in state:
+            self.curriculum.restore(state["curriculum"])
+        if self.replay is not None and state.get("replay") is not None:
+            self.replay.restore(load_file(checkpoint / "replay.safetensors"), state["replay"])
         self.first_batch, self.prompts_used, self.last_row = state["batch"], state["prompts_used"], state["metrics"]
         buffers = training_state.restore_rank(
             checkpoint,
@@ -373,14 +400,14 @@ class OnlineTrainer:
             RuntimeError: when too many completions could not be judged, those of replaced groups included.
         """
         rollout = self.config.rollout
-        rollouts, scores = self._sample_and_score(self._take(self._share), batch, 0, metrics, seconds)
+        rollouts, scores = self._sample_and_score(self._take(self._share, batch), batch, 0, metrics, seconds)
         size = rollout.samples_per_prompt
         for attempt in range(1, rollout.refill_rounds + 1):
             idle = [g for g in range(0, len(scores), size) if not has_signal(scores[g : g + size])]
-            prompts = self._take(len(idle))
+            chosen = self._take(len(idle), batch)
             if not sum(self._gather_sampling([len(idle)])):
                 break
-            fresh, judged = self._sample_and_score(prompts, batch, attempt, metrics, seconds)
+            fresh, judged = self._sample_and_score(chosen, batch, attempt, metrics, seconds)
             for g, start in enumerate(idle):
                 new = slice(g * size, (g + 1) * size)
                 if has_signal(judged[new]):
@@ -388,6 +415,9 @@ class OnlineTrainer:
                     metrics.add("rollout/refilled", total=1, count=0)
         metrics.add("rollout/refilled", total=0, count=len(scores) // size)
         metrics.add("rollout/tokens", total=0, count=1)
+        self.curriculum.describe(metrics, batch=batch)
+        if rollout.temperature_schedule is not None:
+            metrics.add("rollout/temperature", total=rollout.temperature_at(batch), count=1)
         share = reduce_metrics(self._gather_sampling([metrics.pairs()]))["rollout/undecided"]
         require_judged(share, self.config.guards.max_undecided_share, scores)
         return rollouts, scores
@@ -401,28 +431,34 @@ class OnlineTrainer:
         """All ranks' items, where rollouts are sampled, which may be a thread beside the training."""
         return gather(self.accelerator, items, self._sampling_group)
 
-    def _take(self, count: int) -> list[Prompt]:
-        """This rank's next prompts of the stream, of which every rank takes its own."""
+    def _take(self, count: int, batch: int) -> list[Choice]:
+        """This rank's next problems, of those that all ranks take."""
         wanted = self._gather_sampling([count])
-        start = self.prompts_used + sum(wanted[: self.accelerator.process_index])
+        first, start = sum(wanted[: self.accelerator.process_index]), self.prompts_used
         self.prompts_used += sum(wanted)
-        return [self.prompts[i] for i in prompt_stream(len(self.prompts), start, count, seed=self.config.seed)]
+        return self.curriculum.choose(start, sum(wanted), batch=batch)[first : first + count]
 
     def _sample_and_score(
-        self, prompts: Sequence[Prompt], batch: int, attempt: int, metrics: Metrics, seconds: dict[str, float]
+        self, chosen: Sequence[Choice], batch: int, attempt: int, metrics: Metrics, seconds: dict[str, float]
     ) -> tuple[list[Rollout], list[Score]]:
-        if not prompts:
-            self._reward_of(batch)([])  # the other ranks may need this one in a reward model that is sharded
-            return [], []
-        started = time.perf_counter()
-        with _timed(seconds, "rollout"):
-            rollouts = self.sample(prompts, batch, attempt)
-        tokens = sum(len(r.token_ids) for r in rollouts)
-        metrics.add("rollout/tokens_per_second", total=tokens, count=time.perf_counter() - started)
-        metrics.add("rollout/tokens", total=tokens, count=0)
-        with _timed(seconds, "reward"):
+        prompts, size = [self.prompts[c.problem] for c in chosen], self.config.rollout.samples_per_prompt
+        rollouts: list[Rollout] = []
+        if prompts:
+            started = time.perf_counter()
+            with _timed(seconds, "rollout"):
+                rollouts = self.sample(prompts, batch, attempt)
+            tokens = sum(len(r.token_ids) for r in rollouts)
+            metrics.add("rollout/tokens_per_second", total=tokens, count=time.perf_counter() - started)
+            metrics.add("rollout/tokens", total=tokens, count=0)
+            rollouts = [replace(r, weight=chosen[i // size].weight) for i, r in enumerate(rollouts)]
+        with _timed(
+            seconds, "reward"
+        ):  # without rollouts too: other ranks may need this one in a reward model that is sharded
             scores = self._reward_of(batch)(rollouts)
-        describe(rollouts, scores, metrics, group_size=self.config.rollout.samples_per_prompt)
+        describe(rollouts, scores, metrics, group_size=size)
+        if self.curriculum.measures:
+            found = outcomes([c.problem for c in chosen], scores)
+            self.curriculum.observe(self._gather_sampling(found), batch=batch)
         return rollouts, scores
 
     def _reward_of(self, batch: int) -> RewardFn:
@@ -432,15 +468,18 @@ class OnlineTrainer:
     def sample(self, prompts: Sequence[Prompt], batch: int, attempt: int = 0) -> list[Rollout]:
         """Completions of prompts by the policy that the engine holds."""
         seed = hash((self.config.seed, batch, self.accelerator.process_index, attempt)) & 0x7FFFFFFF
-        rollouts = self.engine.generate(prompts, Sampling.of(self.config.rollout), seed=seed)
+        sampling = replace(Sampling.of(self.config.rollout), temperature=self.config.rollout.temperature_at(batch))
+        rollouts = self.engine.generate(prompts, sampling, seed=seed)
         require_fresh(rollouts, self.policy_version, max_age=self._max_age)
         return rollouts
 
-    def judge(self, rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metrics) -> Experience:
+    def judge(
+        self, rollouts: Sequence[Rollout], scores: Sequence[Score], metrics: Metrics, batch: int = 0
+    ) -> Experience:
         """Advantages from scores, and from the reference and the critic where the recipe has them."""
         kl = values = None
         if self.updater.reference is not None and self.config.algorithm.kl_in == "reward":
-            kl = self.updater.kl_to_reference(rollouts)
+            kl = self.updater.kl_to_reference(rollouts, batch=batch)
             metrics.add("policy/kl_reference", total=sum(k.sum().item() for k in kl), count=sum(len(k) for k in kl))
         if self.updater.critic is not None:
             values = self.updater.values(rollouts)

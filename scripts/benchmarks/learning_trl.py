@@ -10,9 +10,9 @@ from benchmarks.learning import Clock, is_spent
 from data.chat import ChatRenderer
 from data.records import Problem, read_records
 from rlhf.config import GRPO
+from rlhf.curriculum import prompt_stream
 from rlhf.models import load_causal_lm, load_tokenizer
 from rlhf.run import say
-from rlhf.trainers.online import prompt_stream
 from rlhf.types import Rollout, Score
 
 
@@ -105,9 +105,9 @@ def train_with_trl(config: GRPO, folder: Path, *, budget: int, most_batches: int
     from reward_models.composite import build_reward
 
     tokenizer = load_tokenizer(config.policy.path, revision=config.policy.revision)
-    renderer = ChatRenderer(tokenizer, config.chat.system_prompt)
+    renderer = ChatRenderer(tokenizer, config.chat.system_prompt, config.chat.think)
     problems = read_records(Problem, config.problems)
-    prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
+    prompts = [renderer.problem_prompt(p) for p in problems]
     order = prompt_stream(len(prompts), 0, most_batches * config.rollout.prompts_per_batch, seed=config.seed)
     dataset = Dataset.from_list([{"prompt": renderer.messages(prompts[i].question), "index": i} for i in order])
     clock = Clock()

@@ -26,15 +26,21 @@ from rlhf.config import (
     BuildModel,
     Config,
     CurateData,
+    EstimateFisher,
     Evaluate,
     EvaluateProcess,
+    EvaluateThinking,
+    Forgetting,
+    GenerateTraces,
     GSM8KSource,
     JudgeReward,
     Judging,
     LabelSteps,
+    MakePairs,
     ModelReward,
     Offline,
     Online,
+    PreferenceTraining,
     PrepareData,
     ProcessRewardModel,
     RewardModel,
@@ -54,14 +60,25 @@ def record_files(config: Config) -> list[tuple[str, type, str]]:
             ("train_pairs", PreferencePair, config.train_pairs),
             ("heldout_pairs", PreferencePair, config.heldout_pairs),
         ]
+    if isinstance(config, PreferenceTraining):
+        return [("pairs", PreferencePair, config.pairs)]
     if isinstance(config, ProcessRewardModel):
         return [
             ("train_steps", LabelledSteps, config.train_steps),
             ("heldout_steps", LabelledSteps, config.heldout_steps),
         ]
     if isinstance(config, Online):
-        return [("problems", Problem, config.problems), ("demonstrations", Demonstration, config.demonstrations)]
-    if isinstance(config, LabelSteps) or (isinstance(config, Evaluate) and config.problems is not None):
+        found = [("problems", Problem, config.problems), ("demonstrations", Demonstration, config.demonstrations)]
+        ptx, adaptive = config.retention.ptx, config.retention.adaptive
+        found += [("retention.ptx.demonstrations", Demonstration, ptx.demonstrations)] if ptx else []
+        return found + ([("retention.adaptive.problems", Problem, adaptive.problems)] if adaptive else [])
+    if isinstance(config, Forgetting):
+        return [(f"suites.{name}.problems", Problem, s.problems) for name, s in config.suites.items() if s.problems]
+    if isinstance(config, EstimateFisher) and config.demonstrations is not None:
+        return [("demonstrations", Demonstration, config.demonstrations)]
+    if isinstance(config, LabelSteps | MakePairs | GenerateTraces | EvaluateThinking | EstimateFisher) or (
+        isinstance(config, Evaluate) and config.problems is not None
+    ):
         return [("problems", Problem, config.problems or "")]
     return []
 
@@ -74,8 +91,19 @@ def model_folders(config: Config) -> list[tuple[str, str]]:
         return [(f"models.{label}.path", model.path) for label, model in config.models.items() if model.server is None]
     if isinstance(config, EvaluateProcess):
         return [("model", config.model)]
-    if isinstance(config, LabelSteps):
-        return [("policy.path", config.policy.path)]
+    if isinstance(config, EvaluateThinking):
+        return [(f"models.{label}.path", model.path) for label, model in config.models.items()]
+    if isinstance(config, GenerateTraces):
+        judge = [("process_model.path", config.process_model.path)] if config.process_model else []
+        return [("policy.path", config.policy.path), *judge]
+    if isinstance(config, LabelSteps | MakePairs):
+        rewards = config.rewards if isinstance(config, MakePairs) else ()
+        models = [(f"rewards.{r.name}.path", r.path) for r in rewards if isinstance(r, ModelReward)]
+        return [("policy.path", config.policy.path), *models]
+    if isinstance(config, EstimateFisher):
+        return [("model.path", config.model.path)]
+    if isinstance(config, Forgetting):
+        return [("before.path", config.before.path), ("after.path", config.after.path)]
     if isinstance(config, CurateData):
         return [("difficulty.policy.path", config.difficulty.policy.path)] if config.difficulty else []
     if not isinstance(config, Online):
@@ -204,7 +232,7 @@ def check_text(report: Report, config: Config, records: dict[str, list[Any]], th
     )
     if loaded is None:
         return
-    renderer = ChatRenderer(loaded, config.chat.system_prompt)
+    renderer = ChatRenderer(loaded, config.chat.system_prompt, config.chat.think)
     demonstrations = records.get("demonstrations")
     if demonstrations:
         first = demonstrations[0]
@@ -218,8 +246,8 @@ def check_text(report: Report, config: Config, records: dict[str, list[Any]], th
     elif demonstrations:
         lengths = [sum(map(len, renderer.demonstration_ids(d))) for d in demonstrations]
         _check_lengths(report, lengths, config.max_tokens)
-    elif "train_pairs" in records:
-        rendered = [renderer.pair_ids(pair) for pair in records["train_pairs"]]
+    elif pairs := records.get("pairs") or records.get("train_pairs"):
+        rendered = [renderer.pair_ids(pair) for pair in pairs]
         _check_lengths(report, [len(p) + max(len(c), len(r)) for p, c, r in rendered], config.max_tokens)
     elif isinstance(config, ProcessRewardModel) and "train_steps" in records:
         _check_steps(report, config, renderer, records)
@@ -265,7 +293,7 @@ def _check_online(report: Report, config: Online, renderer: ChatRenderer, record
     if "problems" in records:
 
         def longest() -> int:
-            prompts = [renderer.prompt(p.id, p.question, p.answer, p.columns) for p in records["problems"]]
+            prompts = [renderer.problem_prompt(p) for p in records["problems"]]
             require_prompts_fit(prompts, config.rollout)
             require_columns(config, prompts)
             return max(len(prompt.token_ids) for prompt in prompts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from checks.findings import Context, Report, model_source
-from rlhf.config import PPO, SFT, Config, Offline, Online, ProcessRewardModel, RewardModel
+from rlhf.config import PPO, SFT, Config, Offline, Online, PreferenceTraining, ProcessRewardModel, RewardModel
 from rlhf.footprint import Sharding, Trained, optimizer, trained_of, weights
 from rlhf.models import qwen3_config
 from rlhf.shapes import ModelShape, find_config, read_shape, shape_of
@@ -12,7 +12,7 @@ from rlhf.shapes import ModelShape, find_config, read_shape, shape_of
 def trained_models(report: Report, config: Config, context: Context) -> dict[str, Trained]:
     """Role to each model that a stage trains and whose shape is known, from its folder or from the stage that will build it."""
     if isinstance(config, Offline):
-        speaks = isinstance(config, SFT) or (
+        speaks = isinstance(config, SFT | PreferenceTraining) or (
             isinstance(config, ProcessRewardModel | RewardModel) and config.head != "classification"
         )
         models = {"model": (config.model, speaks)}

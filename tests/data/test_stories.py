@@ -96,6 +96,7 @@ def test_demonstrations_problems_and_pairs_are_different_problems():
         min_level=2,
         max_level=5,
         answers_at_once=0.5,
+        budgets={},
         demonstrations=200,
         train_problems=200,
         test_problems=50,

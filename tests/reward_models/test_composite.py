@@ -8,10 +8,10 @@ import torch
 from test_rewards import part, rollout
 from torch.testing import assert_close
 
-from reward_models.composite import CompositeReward, build_reward, require_columns, weight_at
+from reward_models.composite import CompositeReward, build_reward, require_columns
 from reward_models.verifiable import repetition
 from rlhf.advantages import component_deviations, filled_components, normalised_deviations, variance_shares
-from rlhf.config import RuleReward, load_config
+from rlhf.config import RuleReward, load_config, scheduled
 from rlhf.experience import ComponentTable, describe_advantages, estimate, sequence_advantages
 from rlhf.metrics import Metrics
 from rlhf.types import Prompt, Score, StepReward
@@ -72,7 +72,7 @@ def test_two_components_of_one_kind_have_names_of_their_own():
 )  # from 1 to 0 between the batches 3 and 7
 def test_a_weight_moves_in_a_line_with_the_number_of_the_batch(batch, weight):
     options = RuleReward.model_validate({"name": "format", "schedule": {"to": 0.0, "first_batch": 3, "last_batch": 7}})
-    assert weight_at(options, batch) == weight
+    assert scheduled(options.weight, options.schedule, batch) == weight
     named = reward(part("style", of(2.0), schedule={"to": 0.0, "first_batch": 3, "last_batch": 7}))
     assert named.at(batch)(tokens(2))[0].value == 1.0 + 2.0 * weight
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from online_helpers import config, count_of_a_token, perturbed
+from online_helpers import config, count_of_a_token, fisher_of, perturbed
 
 import rlhf.learner as learner
 from rlhf.config import PPO
@@ -10,15 +10,19 @@ from rlhf.critic import load_critic
 from rlhf.distributed import start
 from rlhf.lora import adapt
 from rlhf.models import load_causal_lm
+from rlhf.retention import NOTHING, Remembered
 from rlhf.rollout.engine import build_engine
 from rlhf.run import Run
 from rlhf.trainers.online import OnlineTrainer
+from rlhf.types import Score
 from rlhf.weight_sync import Probe
 
 
 @pytest.fixture
 def make_trainer(model_folder, renderer, demonstrations, tmp_path):
-    def make(*overrides, folder="run", reward_fn=None, recipe=config, engine=None, model=model_folder):
+    def make(
+        *overrides, folder="run", reward_fn=None, recipe=config, engine=None, model=model_folder, remembered=NOTHING
+    ):
         cfg = recipe(*overrides)
         prompts = [renderer.prompt(d.id, d.question, d.answer) for d in demonstrations[:10]]
         engine = engine or build_engine(
@@ -47,6 +51,7 @@ def make_trainer(model_folder, renderer, demonstrations, tmp_path):
             probes=[Probe(p.token_ids, tuple(renderer.response_ids("1 + 2"))) for p in prompts[:2]],
             pad_token_id=renderer.tokenizer.pad_token_id,
             run=Run(tmp_path / folder),
+            remembered=remembered,
         )
 
     return make
@@ -66,3 +71,22 @@ def captured(monkeypatch):
 
     monkeypatch.setattr(learner, "clip_and_step", capture)
     return steps
+
+
+@pytest.fixture
+def remembered(model_folder, renderer, demonstrations):
+    model = load_causal_lm(model_folder, revision=None, dtype="float32")
+    prompts = [renderer.prompt(d.id, d.question, d.answer) for d in demonstrations[20:24]]
+
+    def grade(rollouts):
+        """As good as half of its tokens are even."""
+        return [
+            Score(
+                verdict="correct" if sum(t % 2 == 0 for t in r.token_ids) > len(r.token_ids) / 2 else "wrong", value=0.0
+            )
+            for r in rollouts
+        ]
+
+    return Remembered(
+        fisher=fisher_of(model), demonstrations=[renderer.demonstrated(d) for d in demonstrations[:7]], prompts=prompts, grade=grade
+    )  # fmt: skip

@@ -37,6 +37,12 @@ def perturbed(model):
     return model
 
 
+def fisher_of(model):
+    """Drawn, for every weight."""
+    torch.manual_seed(3)
+    return {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+
+
 def count_of_a_token(rollouts):
     """Something a policy can learn at once: even tokens are good."""
     return [

@@ -135,7 +135,7 @@ def test_kl_in_the_reward_is_subtracted_from_the_sequence_before_samples_are_com
     )
     rollouts = sample(trainer)
     exp = trainer.judge(rollouts, count_of_a_token(rollouts), Metrics())
-    kl = trainer.updater.kl_to_reference(rollouts)
+    kl = trainer.updater.kl_to_reference(rollouts, 1.0)
     assert [len(k) for k in kl] == [len(r.token_ids) for r in rollouts]
     rewards = torch.tensor([s.value - 0.3 * k.sum().item() for s, k in zip(exp.scores, kl, strict=True)])
     expected = group_relative(rewards.view(-1, G), scale_by_std=False).flatten()
@@ -314,11 +314,11 @@ def test_refills_hide_no_failing_grader_and_no_reward_that_was_sampled(make_trai
 
 def test_ranks_take_prompts_of_their_own_from_one_stream(make_trainer, monkeypatch):
     trainer = make_trainer()
-    first = [p.id for p in trainer._take(4)]
+    first = trainer._take(4, batch=0)
     monkeypatch.setattr(online, "gather", lambda _, counts, group=None: [3, *counts])
     monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda _: 1))
     trainer.prompts_used = 0
-    assert [p.id for p in trainer._take(1)] == first[3:]  # the other rank took the first three
+    assert trainer._take(1, batch=0) == first[3:]  # the other rank took the first three
     assert trainer.prompts_used == 4
 
 

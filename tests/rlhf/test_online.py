@@ -10,11 +10,11 @@ from torch.testing import assert_close
 import rlhf.trainers.online as online
 import rlhf.updater as updater
 from rlhf.advantages import group_relative
+from rlhf.curriculum import prompt_stream
 from rlhf.experience import estimate, sequence_advantages
 from rlhf.guards import require_one_policy
 from rlhf.metrics import Metrics, read_jsonl
 from rlhf.packing import pack_padded, pack_shared, padded_chunks, shared_chunks
-from rlhf.trainers.online import prompt_stream
 from rlhf.types import Rollout, Score
 
 

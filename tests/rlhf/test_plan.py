@@ -303,6 +303,19 @@ def test_a_process_models_logits_are_planned_where_its_head_needs_them():
     assert logits(*odds) == logits("head=likelihood")
 
 
+def test_a_pair_is_two_sequences_and_dpos_frozen_reference_a_second_model():
+    def plan(stage, *overrides):
+        return plan_of(f"recipes/tiny/{stage}.yaml", *overrides, gpus="H100-80GB")
+
+    frozen, precomputed = (plan("dpo", f"reference={kind}") for kind in ("frozen", "precomputed"))
+    assert part(frozen, "reference", "always") == 4 * shape_of(QWEN_05B).parameters
+    assert part(precomputed, "reference", "always") == 0
+    activations = part(plan("orpo"), "activations", "policy: forward pass")
+    assert activations == part(plan("sft", "training.micro_batch_size=32"), "activations", "policy: forward pass")
+    # 512 rows of logits at a time, and not those of all 32 x 160 tokens in float32
+    assert part(plan("orpo"), "logits", "policy: forward pass") < 4 * 32 * 160 * 151936
+
+
 def test_a_stage_that_trains_nothing_has_no_plan():
     with pytest.raises(ValueError, match="evaluate trains nothing"):
         plan_of("recipes/gsm8k/evaluate.yaml")

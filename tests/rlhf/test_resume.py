@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from rlhf.checkpoint import read_state
 from rlhf.metrics import CLOCK, read_jsonl, truncate_jsonl
 from rlhf.models import load_causal_lm
+from rlhf.retention import NOTHING
 from rlhf.run import git_revision
 
 EVERY_STEP = (
@@ -29,6 +30,13 @@ FAMILY = {
     ),
     "grpo with adapters, padded": (config, ("policy.lora={rank: 2}", "training.layout=padded", "training.tokens_per_micro_batch=200")),
     "ppo": (ppo, ("critic.warmup_batches=1",)),
+    "grpo that remembers": (
+        config,
+        (
+            "retention.elastic={fisher: given, coefficient: 1000}", "retention.ptx={demonstrations: given, coefficient: 0.5, tokens_per_step: 150}",
+            "retention.adaptive={steers: ptx, problems: given, every_batches: 1, max_fall: 0.001}",
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -44,9 +52,12 @@ def weights_of(trainer):
 
 
 @pytest.mark.parametrize("member", FAMILY)
-def test_resumed_at_any_optimizer_step_a_run_ends_bit_for_bit_as_the_uninterrupted_one(make_trainer, member):
+def test_resumed_at_any_optimizer_step_a_run_ends_bit_for_bit_as_the_uninterrupted_one(
+    make_trainer, remembered, member
+):
     recipe, options = FAMILY[member]
-    whole = make_trainer(*EVERY_STEP, *options, folder="whole", recipe=recipe)
+    given = {"recipe": recipe, "remembered": remembered if "remembers" in member else NOTHING}
+    whole = make_trainer(*EVERY_STEP, *options, folder="whole", **given)
     whole.train()
     checkpoints = sorted(path.name for path in whole.checkpoints.iterdir())
     assert checkpoints == [f"step-{step:06d}" for step in range(1, 8)]
@@ -56,7 +67,7 @@ def test_resumed_at_any_optimizer_step_a_run_ends_bit_for_bit_as_the_uninterrupt
         killed = whole.run.folder.with_name(name)
         shutil.copytree(whole.checkpoints / name, killed / "checkpoints" / name)
         shutil.copy(whole.metrics_file, killed)
-        resumed = make_trainer(*EVERY_STEP, *options, folder=name, recipe=recipe)
+        resumed = make_trainer(*EVERY_STEP, *options, folder=name, **given)
         assert 4 * resumed.first_batch + (resumed.under_way.steps_taken if resumed.under_way else 0) == int(name[5:])
         resumed.train()
         assert all(torch.equal(a, b) for a, b in zip(weights, weights_of(resumed), strict=True)), name

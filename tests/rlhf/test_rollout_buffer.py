@@ -23,6 +23,7 @@ def rollout(name, length):
         finish_reason="stop",
         text=f"{name} \ud800 not UTF-8",
         policy_version=7,
+        weight=0.3,
     )
 
 

@@ -22,6 +22,7 @@ LIMITS = Thresholds(window=3)
 KEY = {
     "total": "reward/total", "correct": "reward/correctness", "std": "reward/group_std", "length": "rollout/length",
     "repetition": "rollout/repetition", "kl": "policy/kl_reference", "surface": SURFACE,
+    "distinct": "rollout/distinct_scratchpads",
 }  # fmt: skip
 
 
@@ -88,6 +89,7 @@ def test_a_policy_is_compared_with_the_best_it_was_not_with_where_it_began():
         ("repetition", "repetition", "rollout/repetition", [0.1] * 3 + [0.4] * 3, [0.25] * 3 + [0.4] * 3),
         ("kl", "kl", "policy/kl_reference", [0.0] * 3 + [0.1, 0.2, 0.3], [0.0, 0.01, 0.02, 0.03, 0.04, 0.05]),
         ("collapse", "std", "reward/group_std", [0.4] * 3 + [0.05] * 3, [0.4] * 3 + [0.15] * 3),
+        ("sameness", "distinct", "rollout/distinct_scratchpads", [0.8] * 3 + [0.1] * 3, [0.8] * 3 + [0.3] * 3),
         ("length", "length", "rollout/length", [40.0] * 3 + [90.0] * 3, [40.0] * 3 + [70.0] * 3),
     ],
 )

@@ -32,6 +32,7 @@ def written(digits):
 
 @pytest.fixture(scope="module")
 def script():
+    sys.path.insert(0, str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location("label_steps_script", ROOT / "scripts/label_steps.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -163,7 +164,7 @@ def test_a_run_killed_between_two_chunks_ends_with_the_same_file(script, folder,
             run(script, config)
     assert not (folder / "killed" / script.LABELS).exists()
     assert run(script, config).read_bytes() == soft.read_bytes()
-    assert "1 of 2 chunks were labelled before; going on" in capsys.readouterr().out
+    assert "1 of 2 chunks were done before; going on" in capsys.readouterr().out
     counts = [json.loads((folder / name / "run.json").read_text()) for name in ("soft", "killed")]
     assert counts[0]["sampled_tokens"] == counts[1]["sampled_tokens"]
 
