@@ -268,9 +268,10 @@ class Online(Section):
                     "every completion would be punished: lower it"
                 )
             if (
-                isinstance(reward, ProcessRewardModelReward)
-                and (reward.aggregate, reward.step_value) == (None, "probability")
-                and self.algorithm.step_credit == "min"
+                self.algorithm.step_credit == "min"
+                and isinstance(reward, ProcessRewardModelReward)
+                and reward.aggregate is None
+                and reward.step_value == "probability"
             ):
                 raise ValueError(
                     f"algorithm.step_credit is min and rewards.{reward.name}.step_value is probability: what follows the worst step counts 0, which no "
