@@ -41,6 +41,8 @@ GAINS = ("finds", "buys", "wins", "gets", "earns", "takes")
 LOSSES = ("loses", "sells", "drops", "gives", "lends", "uses")
 MULTIPLES: dict[tuple[Operator, int], str] = {("*", 2): "doubles", ("*", 3): "triples", ("/", 2): "halves"}
 LARGEST = 20
+SHORT = 3
+"""Sums that a short scratchpad has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +161,6 @@ def generate_stories(split: Split, *, seed: int, min_level: int, max_level: int)
         yield story
 
 
-def write_results(story: Story) -> list[str]:
-    """What there is after each event, `Tuesday 12`: the sum is done in the head."""
-    return [f"{day} {value}" for day, value in zip(DAYS[1:], story.values[1:], strict=False)]
-
-
 def to_problem(story: Story, *, think: str = "") -> Problem:
     return Problem(
         id=f"story-{story.key()[:16]}", question=story.question, answer=story.answer, level=story.level, think=think
@@ -171,12 +168,12 @@ def to_problem(story: Story, *, think: str = "") -> Problem:
 
 
 def to_budgeted_demonstration(story: Story, think: Budget) -> Demonstration:
-    """A demonstration that keeps to its thinking budget: no scratchpad, the results alone, or every sum."""
+    """A demonstration that keeps to its thinking budget: no scratchpad, the first SHORT sums and the rest in the head, or every sum."""
     match think:
         case "off":
             lines = []
         case "short":
-            lines = write_results(story)
+            lines = write_steps(story.events, story.values)[:SHORT]
         case "long":
             lines = write_steps(story.events, story.values)
     return Demonstration(

@@ -114,9 +114,7 @@ def choose_traces(traces: Sequence[Trace], rules: Rules, *, seed: int) -> list[s
         bands = signatures(split_words([traces[i].text for i in left]), shingle_words=rules.shingle_words)
         problems = exact_hashes([traces[i].problem for i in left])  # traces of two problems are two traces
         alive = np.ones(len(left), bool)
-        first = first_of_similar(
-            lambda band: bands[band].copy(), alive, threshold=rules.near_threshold, answers=problems
-        )
+        first = first_of_similar(lambda band: bands[band], alive, threshold=rules.near_threshold, answers=problems)
         for n, i in enumerate(left):
             if first[n] != n:
                 fates[i] = "near duplicate"

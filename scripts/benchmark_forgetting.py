@@ -9,6 +9,7 @@ It starts from the policy that `make demo` trains. One process takes all runs, o
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from benchmarks.learning import load_results, write_results
 from train_grpo import NUM_PROBES, reference_solutions, remember
 
 from data.chat import ChatRenderer
-from data.records import Demonstration, Problem, read_records
+from data.records import Demonstration, Problem, read_records, write_records
 from reward_models.composite import build_reward
 from reward_models.grading import GraderPool
 from rlhf.config import GRPO, load_config
@@ -47,11 +48,15 @@ LORA = ["policy.lora={rank: 16}", "optimizer.learning_rate=1.0e-3"]
 EWC = ["retention.elastic={fisher: outputs/forgetting/fisher, coefficient: 100}"]
 DEMONSTRATIONS = "outputs/forgetting/data/stories_demonstrations.jsonl"
 PTX = [f"retention.ptx={{demonstrations: {DEMONSTRATIONS}, coefficient: 0.3, tokens_per_step: 1000}}"]
+OWN = FOLDER / "data/stories_own.jsonl"
+"""The starting policy's completions of problems of A, right and wrong: PTX on them is, up to a constant, KL(start || policy) on A's prompts."""
 WEAK = ["retention.ptx.coefficient=0.003"]
 STEERS = "problems: outputs/forgetting/data/stories_heldout.jsonl, every_batches: 1"
 ARMS = {
     "none": [],
     "kl": KL,
+    "kl-k2": [KL[0], "algorithm.kl_estimator=k2", "algorithm.kl_coefficient=0.1"],
+    "kl-on-a": [PTX[0].replace(DEMONSTRATIONS, str(OWN))],
     "ewc": EWC,
     "ptx": PTX,
     "adaptive": [*PTX, *WEAK, f"retention.adaptive={{steers: ptx, {STEERS}}}"],
@@ -65,11 +70,32 @@ CURVE_EVERY, CURVE_PROBLEMS = 2, 100
 
 
 def prepare() -> None:
-    """Data, the policy that knows both tasks, and the Fisher information of the first."""
+    """Data, the policy that knows both tasks, the Fisher information of the first, and completions of it."""
     write_tasks(FOLDER / "data")
     for script, recipe in (("train_sft", "start"), ("estimate_fisher", "fisher")):
         command = [f"scripts/{script}.py", "--config", f"recipes/tiny/forgetting/{recipe}.yaml"]
         subprocess.run([sys.executable, *command], check=True, env=os.environ, preexec_fn=die_with_parent)
+    write_own_completions()
+
+
+def write_own_completions() -> None:
+    config = load_config(RECIPE)
+    assert isinstance(config, GRPO)
+    renderer = ChatRenderer(load_tokenizer(config.policy.path), config.chat.system_prompt)
+    problems = read_records(Problem, f"{FOLDER}/data/stories.jsonl")
+    prompts = [renderer.prompt(p.id, p.question, p.answer) for p in problems]
+    rollout = config.rollout
+    engine = build_engine(rollout, str(START), stop_token_id=renderer.stop_token_id, decode=renderer.decode)
+    with closing(engine):
+        sampled = engine.generate(prompts, replace(Sampling.of(rollout), samples_per_prompt=1), seed=0)
+    own = [
+        Demonstration(
+            id=r.prompt.id, question=r.prompt.question, scratchpad="", answer=r.prompt.reference, response=r.text
+        )
+        for r in sampled
+        if r.finish_reason == "stop"
+    ]
+    write_records(own, OWN)
 
 
 class Bench:
@@ -118,7 +144,10 @@ class Bench:
         trainer.bench = self
         trainer.train()
         trainer.save(renderer.tokenizer)
-        return trainer.curve
+        curve = trainer.curve
+        del trainer, policy
+        gc.collect()  # models and optimizer, which refer to one another
+        return curve
 
 
 class WatchedTrainer(OnlineTrainer):
@@ -175,7 +204,7 @@ def run(arms: Sequence[str], seeds: Sequence[int], label: str | None, changes: S
                     "curve": curve,
                 }
                 results["runs"] = sorted([*results["runs"], row], key=place)
-                write_results(file, {**results, "runs": results["runs"]})
+                write_results(file, results)
 
 
 def place(run: dict[str, Any]) -> tuple[int, str, int]:

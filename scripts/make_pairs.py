@@ -140,6 +140,9 @@ def finish(config: MakePairs, run: Run, chunks: Chunks, problems: Sequence[Probl
         examples={reason: ids[:3] for reason, ids in skipped.items()},
         pairs=dict(Counter(pair.source for pair in pairs)),
         counts=dict(counts),
+        rules=config.model_dump(
+            mode="json", include={"pairing", "rewards", "pairs_per_problem", "min_margin", "truncated"}
+        ),
     )
     table = [(name.replace("_", " "), f"{counts[name]:,}") for name in sorted(counts)]
     table += [(f"problems skipped: {reason}", f"{num:,}") for reason, num in fates.items()]

@@ -34,8 +34,9 @@ def records(tmp_path_factory):
     folder = tmp_path_factory.mktemp("records")
     prepared = prepare(
         seed=0, min_level=2, max_level=3, answers_at_once=0.0, demonstrations=64, train_problems=64, test_problems=4,
-        train_pairs=4, heldout_pairs=2,
+        train_pairs=16, heldout_pairs=2,
     )  # fmt: skip
+    write_records(prepared.train_pairs, folder / "pairs.jsonl")
     write_records(prepared.train_problems, folder / "problems.jsonl")
     write_records(prepared.demonstrations, folder / "demonstrations.jsonl")
     return folder
@@ -207,6 +208,38 @@ def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, re
     for other_rows, other_weights in runs.values():
         for row, other in zip(rows, other_rows, strict=True):
             assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
+            assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-3)
+        for name, weight in weights.items():
+            torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "sharded"),
+    [
+        ("orpo", ["ddp"]),
+        pytest.param("orpo", ["zero2", "pieces"], marks=pytest.mark.long),
+        pytest.param("dpo", ["ddp", "zero2"], marks=pytest.mark.long),
+    ],
+)
+def test_preference_training_on_two_ranks_sharded_or_not_takes_the_steps_of_one(
+    model_folder, records, tmp_path, stage, sharded
+):
+    """Twelve pairs a step, which a rank of two has three micro-batches of, on sixteen pairs: an epoch's last step has four."""
+    runs = {
+        name: launch(
+            name, 1 if name == "single" else 2, stage, tmp_path / name, f"model.path={model_folder}", "max_tokens=400",
+            f"pairs={records}/pairs.jsonl", "training.num_steps=3", "training.sequences_per_step=12", "training.micro_batch_size=2",
+            "training.log_every=1", "optimizer.warmup_steps=1",
+        )
+        for name in ("single", *sharded)
+    }  # fmt: skip
+    rows, weights = runs.pop("single")
+    for other_rows, other_weights in runs.values():
+        for row, other in zip(rows, other_rows, strict=True):
+            for key in ("loss", "preference/margin", "preference/nll_chosen", "rewards/margins"):
+                if key in row:
+                    assert other[key] == pytest.approx(row[key], rel=1e-3, abs=1e-5), key
             assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-3)
         for name, weight in weights.items():
             torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-4)

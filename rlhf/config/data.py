@@ -23,8 +23,8 @@ class StoriesSource(Section):
         Literal["short", "long"] | Annotated[Literal["off"], BeforeValidator(lambda v: "off" if v is False else v)],
         Annotated[float, Field(gt=0)],
     ] = {}
-    """Thinking budgets of demonstrations and problems, and the weight of each: off answers at once, short writes down what there is after each
-    event, long does every sum. Without any, `answers_at_once` decides."""
+    """Thinking budgets of demonstrations and problems, and the weight of each: off answers at once, short writes down the first
+    three sums, long all of them. Without any, `answers_at_once` decides."""
 
     @model_validator(mode="after")
     def _levels_in_order(self) -> StoriesSource:

@@ -213,8 +213,6 @@ def refusal(example: PairExample, *, max_tokens: int) -> str | None:
     """Why a pair cannot be trained on; None when it can."""
     if example.longest > max_tokens:
         return f"longer than max_tokens {max_tokens}"
-    if not example.chosen_ids or not example.rejected_ids:
-        return "a response without a token"
     if example.chosen_ids == example.rejected_ids:
         return "both responses are the same tokens"
     return None

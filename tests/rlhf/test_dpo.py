@@ -70,7 +70,9 @@ def log_sigmoid(x):
 @pytest.mark.parametrize("loss", ["sigmoid", "length_normalised", "ipo", "conservative", "robust"])
 def test_a_loss_is_that_of_its_paper_on_the_responses_logprobs(pairs, renderer, model_folder, tmp_path, loss):
     doubt = 0.2 if loss in ("conservative", "robust") else 0.0
-    config = recipe("dpo", tmp_path / "run", model_folder, f"loss={loss}", f"wrong_labels={doubt}", "reference=frozen")
+    config = recipe(
+        "dpo", tmp_path / "run", model_folder, f"loss={loss}", f"wrong_labels={doubt}", "reference=frozen", "beta=0.1"
+    )
     trainer = build_trainer(config, renderer.tokenizer, pairs)
     with torch.no_grad():  # the policy has moved from the reference
         torch.manual_seed(0)

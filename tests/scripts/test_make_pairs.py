@@ -87,6 +87,7 @@ def test_a_right_answer_is_chosen_over_a_wrong_one_and_every_problem_is_accounte
     assert {answer_of(p.rejected) for p in pairs} <= {"2", "3"}
     assert manifest["problems"] == {"in": 4, "with_pairs": 2, "skipped": {"all undecided": 1, "all wrong": 1}}
     assert manifest["pairs"] == {"correct over wrong": 2}
+    assert manifest["rules"]["truncated"] == "reject"
     assert manifest["examples"] == {"all wrong": ["p2"], "all undecided": ["p3"]}
     assert pairs[0].sampler == f"{policy} {manifest['policy']['weights']} seed 0 temperature 1"
 
