@@ -17,6 +17,8 @@ MADE_BY = {
         "demonstrations.jsonl", "train_problems.jsonl", "test_problems.jsonl", "train_pairs.jsonl", "heldout_pairs.jsonl",
         "labelled_steps.jsonl", "heldout_steps.jsonl",
     ),
+    "make_pairs": ("pairs.jsonl", "completions.jsonl"),
+    "generate_traces": ("traces.jsonl", "completions.jsonl"),
 }  # fmt: skip
 """Files by stage; a stage that is not listed makes a model in its folder, or files whose names its recipe decides."""
 
