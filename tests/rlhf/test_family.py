@@ -135,7 +135,7 @@ def test_kl_in_the_reward_is_subtracted_from_the_sequence_before_samples_are_com
     )
     rollouts = sample(trainer)
     exp = trainer.judge(rollouts, count_of_a_token(rollouts), Metrics())
-    kl = trainer.updater.kl_to_reference(rollouts, 1.0)
+    kl = trainer.updater.kl_to_reference(rollouts)
     assert [len(k) for k in kl] == [len(r.token_ids) for r in rollouts]
     rewards = torch.tensor([s.value - 0.3 * k.sum().item() for s, k in zip(exp.scores, kl, strict=True)])
     expected = group_relative(rewards.view(-1, G), scale_by_std=False).flatten()
