@@ -73,7 +73,7 @@ class TokenPairTrainer(DPOTrainer):
 
 def build_trainer(config: DPO, tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample]) -> TokenPairTrainer:
     """The policy with its reference; with `precomputed`, the reference's log-probabilities are computed here."""
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset, disable_progress_bars, load_from_disk
 
     disable_progress_bars()
     os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for every batch of the reference's is noise among the lines
@@ -83,18 +83,25 @@ def build_trainer(config: DPO, tokenizer: PreTrainedTokenizerBase, examples: Seq
         say(f"the reference's log-probabilities of {len(examples):,} pairs are computed first")
     else:
         reference = load_causal_lm(config.model.path, revision=config.model.revision, dtype=config.model.dtype)
+    args = DPOConfig(
+        **trainer_arguments(config),
+        **loss_arguments(config),
+        beta=config.beta,
+        max_length=None,
+        precompute_ref_log_probs=precomputed,
+        router_aux_loss_coef=0.0,  # TRL would add the loss of the model's config, micro-batch by micro-batch
+    )
+    # TRL's main process writes the reference's log-probabilities beside the pairs, and every rank reads them there.
+    folder = Path(config.output_dir) / "trainer" / "pairs"
+    with args.main_process_first(local=False):
+        if args.process_index == 0:
+            Dataset.from_list([asdict(example) for example in examples]).save_to_disk(folder)
+        pairs = load_from_disk(folder)
     return TokenPairTrainer(
         model=model,
         ref_model=reference,
-        args=DPOConfig(
-            **trainer_arguments(config),
-            **loss_arguments(config),
-            beta=config.beta,
-            max_length=None,
-            precompute_ref_log_probs=precomputed,
-            router_aux_loss_coef=0.0,  # TRL would add the loss of the model's config, micro-batch by micro-batch
-        ),
-        train_dataset=Dataset.from_list([asdict(example) for example in examples]),
+        args=args,
+        train_dataset=pairs,
         processing_class=tokenizer,
         callbacks=[LogLines(Path(config.output_dir) / "metrics.jsonl")],
     )
