@@ -73,7 +73,7 @@ class TokenPairTrainer(DPOTrainer):
 
 def build_trainer(config: DPO, tokenizer: PreTrainedTokenizerBase, examples: Sequence[PairExample]) -> TokenPairTrainer:
     """The policy with its reference; with `precomputed`, the reference's log-probabilities are computed here."""
-    from datasets import Dataset, disable_progress_bars, load_from_disk
+    from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
     os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for every batch of the reference's is noise among the lines
@@ -96,7 +96,7 @@ def build_trainer(config: DPO, tokenizer: PreTrainedTokenizerBase, examples: Seq
     with args.main_process_first(local=False):
         if args.process_index == 0:
             Dataset.from_list([asdict(example) for example in examples]).save_to_disk(folder)
-        pairs = load_from_disk(folder)
+        pairs = Dataset.load_from_disk(folder)
     return TokenPairTrainer(
         model=model,
         ref_model=reference,
