@@ -18,6 +18,7 @@ from rlhf.config import Online
 from rlhf.controllers import adapted_retention_factor
 from rlhf.distributed import gather
 from rlhf.elastic import Anchor
+from rlhf.guards import require_judged
 from rlhf.metrics import Metrics
 from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.types import Prompt, RewardFn, Rollout
@@ -74,6 +75,7 @@ class Retention:
 
     def __init__(self, config: Online, model: Any, remembered: Remembered) -> None:
         self._config, self._seed, self._remembered = config.retention, config.seed, remembered
+        self._max_undecided_share = config.guards.max_undecided_share
         self._sampling = replace(Sampling.of(config.rollout), samples_per_prompt=1)
         self._anchor: Anchor | None = None
         if self._config.elastic is not None:
@@ -137,7 +139,7 @@ class Retention:
         """Measure the ability, always with the same problems and seed, and let the coefficient follow; the first time gives the level to be held.
 
         Raises:
-            RuntimeError: when no completion could be judged.
+            RuntimeError: when too many completions could not be judged.
         """
         adaptive, grade = self._config.adaptive, self._remembered.grade
         assert adaptive is not None
@@ -146,12 +148,10 @@ class Retention:
         prompts = self._remembered.prompts[rank :: accelerator.num_processes]
         seed = hash((self._seed, rank)) & 0x7FFFFFFF
         scores = grade(engine.generate(prompts, self._sampling, seed=seed)) if prompts else []
-        judged = gather(accelerator, [s.verdict == "correct" for s in scores if s.verdict != "undecided"])
-        if not judged:
-            raise RuntimeError(
-                "no completion of retention.adaptive.problems could be judged; look at its reference answers"
-            )
-        ability = sum(judged) / len(judged)
+        verdicts = gather(accelerator, [score.verdict for score in scores])
+        undecided = verdicts.count("undecided")
+        require_judged(undecided / len(verdicts), self._max_undecided_share, scores)
+        ability = verdicts.count("correct") / (len(verdicts) - undecided)
         if self._ability_before is None:
             self._ability_before = ability
         self._factor = adapted_retention_factor(

@@ -211,6 +211,22 @@ def test_a_fallen_ability_raises_the_coefficient_that_the_next_step_uses(make_tr
     assert retention.penalty(Metrics()).item() == pytest.approx(1000 * 2.718281828**2 * penalty)
 
 
+def test_an_ability_that_too_few_completions_can_tell_is_not_steered_by(make_trainer, remembered):
+    def grade(rollouts):
+        return [
+            Score(verdict="undecided", value=None, reason="timeout"),
+            *[Score(verdict="correct", value=1.0)] * (len(rollouts) - 1),
+        ]
+
+    trainer = make_trainer(
+        "retention.adaptive={steers: kl, problems: given, every_batches: 1}", "algorithm.kl_coefficient=0.1",
+        "reference={kind: moving_average}", "training.num_batches=1", f"guards.max_undecided_share={0.9 / len(remembered.prompts)}",
+        remembered=Remembered(prompts=remembered.prompts, grade=grade),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="could not be judged, above guards.max_undecided_share .*timeout"):
+        trainer.train()
+
+
 def test_the_kls_coefficient_follows_the_ability(make_trainer, remembered):
     falling = iter([1.0, 0.0])
 
