@@ -335,7 +335,7 @@ class OnlineTrainer:
         self.watch.restore(state["watch"])
         if "curriculum" in state:
             self.curriculum.restore(state["curriculum"])
-        if self.replay is not None and state.get("replay") is not None:
+        if self.replay is not None:
             self.replay.restore(load_file(checkpoint / "replay.safetensors"), state["replay"])
         self.first_batch, self.prompts_used, self.last_row = state["batch"], state["prompts_used"], state["metrics"]
         buffers = training_state.restore_rank(
