@@ -51,7 +51,7 @@ class _Call:
     client: httpx2.AsyncClient
     failed_in_a_row: int = 0
     down: str | None = None
-    """Why nothing more is asked."""
+    """Why no request is begun any more."""
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class Endpoint:
     async def _ask(self, call: _Call, method: str, path: str, body: Any) -> Answer:
         reason = ""
         for attempt in range(self.config.attempts):
-            if call.down is not None:
+            if attempt == 0 and call.down is not None:  # those under way are not held back by the failures of others
                 return Unanswered(call.down, refused=False)
             if attempt:
                 self.num_retried += 1

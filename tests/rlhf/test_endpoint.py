@@ -1,5 +1,6 @@
 """Requests to servers that fail: every request ends as an answer or as a reason, in its own place."""
 
+import threading
 import time
 from datetime import UTC, datetime
 
@@ -89,6 +90,23 @@ def test_one_request_that_the_server_never_answers_does_not_make_it_count_as_gon
     with serving(lambda body, attempt: Reply({}, status=500) if body["n"] < 2 else {"n": body["n"]}) as server:
         answers = post(server.url, [{"n": n} for n in range(6)], attempts=2, concurrency=1)
     assert [isinstance(a, Unanswered) for a in answers] == [True, True, False, False, False, False]
+
+
+def test_a_server_that_counts_as_gone_is_still_tried_by_the_requests_under_way():
+    down = threading.Event()
+
+    def script(body, attempt):
+        if body["n"] > 0:
+            return Reply({}, status=500)
+        if attempt == 0:
+            down.wait(60.0)
+            return Reply({}, status=500)
+        return {"n": 0}
+
+    with serving(script) as server:
+        asked = client(server.url, attempts=2, concurrency=4, timeout_seconds=120.0)
+        answers = asked.post("ask", [{"n": n} for n in range(10)], lambda i, answer: down.set() if i == 9 else None)
+    assert [isinstance(a, Unanswered) for a in answers] == [False] + [True] * 9
 
 
 def test_no_more_requests_are_under_way_than_the_recipe_says():
