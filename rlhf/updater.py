@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf.attention import can_share_prefix
 from rlhf.balance import expert_load
@@ -40,26 +40,12 @@ from rlhf.losses import (
 )
 from rlhf.metrics import Metrics, reduce_metrics
 from rlhf.micro_batches import MicroBatch, Packer, with_old_policy
+from rlhf.models import ready
 from rlhf.reference import ReferencePolicy
 from rlhf.retention import NOTHING, Remembered, Retention
 from rlhf.run import say
 from rlhf.scorer import Scored, Scorer
 from rlhf.types import Batch, Rollout
-
-
-def ready(model: Any, *, gradient_checkpointing: bool) -> Any:
-    """A model as it is trained here: without dropout, and in training mode only where gradient checkpointing needs that.
-
-    Dropout would make the trainer's policy another one than the sampler's.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train(gradient_checkpointing)
 
 
 class Updater:
@@ -282,11 +268,11 @@ class Updater:
         if balance.must_count(len(plan)):
             num_tokens = sum(micro.batch.scored.numel() for micro in plan)
             balance.fix([self._expert_load(micro.batch) for micro in plan], num_tokens=num_tokens)
-        demonstrations, each_token = self._demonstrations()
+        imitation = self.retention.next_imitation(self._packer)
         total_loss, means = 0.0, {}
         for i, micro in enumerate(plan):
             last = i == len(plan) - 1
-            with self.policy.micro_batch(last=last and not demonstrations):
+            with self.policy.micro_batch(last=last and not imitation.batches):
                 # On policy every ratio is 1, and there each of the losses has the policy gradient.
                 on_policy = micro.old_logprobs is None
                 scored = self._forward(micro, -micro.advantages * micro.weights if on_policy else None)
@@ -304,13 +290,13 @@ class Updater:
                     require_same_policy(means.get("policy/kl_sampler", 0.0), self.config.guards, stale=self._stale)
                     require_same_experts(means, self.config.guards.max_router_disagreement)
                 loss = loss + balance.loss(routing)
-                if last and not demonstrations:
+                if last and not imitation.batches:
                     loss = loss + self._penalty(metrics)
                 self.policy.backward(loss)  # 0, with a gradient of 0, on an idle pass
-        for i, batch in enumerate(demonstrations):
-            last = i == len(demonstrations) - 1
+        for i, batch in enumerate(imitation.batches):
+            last = i == len(imitation.batches) - 1
             with self.policy.micro_batch(last=last):
-                loss = self._imitation(batch, each_token, metrics)
+                loss = imitation.loss(self.policy.module, batch, metrics)
                 self.policy.backward(loss + self._penalty(metrics) if last else loss)
         metrics.add("policy/grad_norm", total=self.policy.step(), count=1)
         self.policy_version += 1
@@ -320,24 +306,6 @@ class Updater:
         balance.describe(metrics, replayed=self.config.policy.router_replay)
         metrics.update(local)
         self._adapt(means)
-
-    def _demonstrations(self) -> tuple[list[Batch], float]:
-        """(PTX's micro-batches of an optimizer step, the same number on every rank; the weight of each of their tokens in its loss)."""
-        rollouts, rank = self.retention.demonstrations, self.accelerator.process_index
-        chosen, each_token = self.retention.next_demonstrations()
-        if not chosen:
-            return [], 0.0
-        everything = torch.ones(len(rollouts), dtype=torch.bool)
-        mine = chosen[rank :: self.accelerator.num_processes]
-        return list(self._packer.batches(rollouts, mine, everything, idle=chosen[0])), each_token
-
-    def _imitation(self, batch: Batch, each_token: float, metrics: Metrics) -> Tensor:
-        """PTX: the loss of supervised fine-tuning on a micro-batch of demonstrations."""
-        logprobs = self.policy.module(batch, 1.0, torch.full((batch.scored.numel(),), -each_token)).logprobs
-        metrics.add("retention/ptx", total=-logprobs.sum().item(), count=logprobs.numel())
-        loss = -each_token * logprobs.sum()
-        require_finite(loss, "the loss on retention.ptx.demonstrations")
-        return loss
 
     def _penalty(self, metrics: Metrics) -> Tensor | float:
         """This rank's part of what elastic weight consolidation adds to the step's loss, which is that of all ranks together."""
