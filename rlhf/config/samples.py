@@ -7,22 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.evaluation import EvaluatedModel
-from rlhf.config.models import Weights
 from rlhf.config.rewards import ModelReward, Reward
-from rlhf.config.sections import Chat, Grader, PositiveInt, Rollout, Section, Share
-
-
-class SamplingStage(Section):
-    """What the stages have in common."""
-
-    output_dir: str
-    seed: int = 0
-    policy: Weights
-    chat: Chat = Chat()
-    problems: str
-    num_problems: PositiveInt | None = None
-    """The first so many; all by default."""
-    grader: Grader = Grader()
+from rlhf.config.sections import PositiveInt, Rollout, Section, Share
+from rlhf.config.stages import SamplingStage
 
 
 class LabellingRollout(Rollout):
