@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -66,6 +67,21 @@ def load_causal_lm(path: str, *, revision: str | None, dtype: Dtype) -> PreTrain
             f"{path} lacks {', '.join(sorted(info['missing_keys'])[:5])}; weights initialised at random would be trained or sampled from: save the whole model there"
         )
     return model
+
+
+def ready(model: Any, *, gradient_checkpointing: bool) -> Any:
+    """A model as it is trained here: without dropout, and in training mode only where gradient checkpointing needs that.
+
+    Dropout would make the trainer's policy another one than the sampler's.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train(gradient_checkpointing)
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""What keeps a policy from forgetting: elastic weight consolidation, PTX, and coefficients that follow a held-out ability.
+"""What keeps a policy from forgetting: elastic weight consolidation, PTX (rlhf/ptx.py), and coefficients that follow a held-out ability.
 
 Each adds to the loss of an optimizer step once, whatever its micro-batches and ranks. KL to the reference is part of the algorithm
 (rlhf/updater.py); here only its coefficient may be steered.
@@ -6,7 +6,6 @@ Each adds to the loss of an optimizer step once, whatever its micro-batches and 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,8 @@ from rlhf.distributed import gather
 from rlhf.elastic import Anchor
 from rlhf.guards import require_judged
 from rlhf.metrics import Metrics
+from rlhf.micro_batches import Packer
+from rlhf.ptx import DemonstrationMix, Imitation
 from rlhf.rollout.engine import RolloutEngine, Sampling
 from rlhf.types import Prompt, RewardFn, Rollout
 
@@ -41,29 +42,6 @@ class Remembered:
 NOTHING = Remembered()
 
 
-def take_demonstrations(lengths: Sequence[int], start: int, tokens: int, *, seed: int) -> list[int]:
-    """The demonstrations after the first `start` of endless epochs of fresh permutations that fit into a budget, and one at least.
-
-    A function of its arguments, so a resume repeats it.
-
-    Args:
-        lengths: response tokens of each demonstration.
-        start: how many were taken before.
-        tokens: response tokens there is room for.
-        seed: of the permutations.
-    """
-    taken: list[int] = []
-    order: dict[int, list[int]] = {}
-    while True:
-        epoch, offset = divmod(start + len(taken), len(lengths))
-        if epoch not in order:
-            order[epoch] = random.Random(f"{seed}-demonstrations-{epoch}").sample(range(len(lengths)), len(lengths))
-        tokens -= lengths[order[epoch][offset]]
-        if taken and tokens < 0:
-            return taken
-        taken.append(order[epoch][offset])
-
-
 class Retention:
     """The controls of one run, with their state.
 
@@ -74,7 +52,8 @@ class Retention:
     """
 
     def __init__(self, config: Online, model: Any, remembered: Remembered) -> None:
-        self._config, self._seed, self._remembered = config.retention, config.seed, remembered
+        self._config, self._seed = config.retention, config.seed
+        self._prompts, self._grade = remembered.prompts, remembered.grade
         self._max_undecided_share = config.guards.max_undecided_share
         self._sampling = replace(Sampling.of(config.rollout), samples_per_prompt=1)
         self._anchor: Anchor | None = None
@@ -82,21 +61,23 @@ class Retention:
             assert remembered.fisher is not None
             self._anchor = Anchor(model, remembered.fisher)
         assert (self._config.ptx is None) == (not remembered.demonstrations)
-        self._lengths = [len(d.token_ids) for d in remembered.demonstrations]
-        self._demonstrations_used = 0
+        self._mix: DemonstrationMix | None = None
+        if self._config.ptx is not None:
+            self._mix = DemonstrationMix(self._config.ptx, remembered.demonstrations, seed=config.seed)
         self._factor = 1.0
         self._ability_before: float | None = None
 
     def state(self) -> dict[str, Any]:
         return {
-            "demonstrations_used": self._demonstrations_used,
+            "demonstrations_used": self._mix.used if self._mix is not None else 0,
             "factor": self._factor,
             "ability_before": self._ability_before,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._demonstrations_used, self._factor = state["demonstrations_used"], state["factor"]
-        self._ability_before = state["ability_before"]
+        self._factor, self._ability_before = state["factor"], state["ability_before"]
+        if self._mix is not None:
+            self._mix.used = state["demonstrations_used"]
 
     def factor(self, control: str) -> float:
         """What the coefficient of `kl`, `elastic` or `ptx` is multiplied with now."""
@@ -105,18 +86,9 @@ class Retention:
 
     # ------------------------------------------------------------------------------------------------- in every optimizer step
 
-    @property
-    def demonstrations(self) -> Sequence[Rollout]:
-        return self._remembered.demonstrations
-
-    def next_demonstrations(self) -> tuple[list[int], float]:
-        """(demonstrations of this optimizer step over all ranks, what each of their response tokens counts); the first empty without PTX."""
-        ptx = self._config.ptx
-        if ptx is None:
-            return [], 0.0
-        taken = take_demonstrations(self._lengths, self._demonstrations_used, ptx.tokens_per_step, seed=self._seed)
-        self._demonstrations_used += len(taken)
-        return taken, self.factor("ptx") * ptx.coefficient / sum(self._lengths[i] for i in taken)
+    def next_imitation(self, packer: Packer) -> Imitation:
+        """PTX's demonstrations of this optimizer step; none without it. A collective."""
+        return self._mix.next(packer, self.factor("ptx")) if self._mix is not None else Imitation()
 
     def penalty(self, metrics: Metrics) -> Tensor | float:
         """What elastic weight consolidation adds to the loss of the whole optimizer step, 0 without it."""
@@ -141,11 +113,11 @@ class Retention:
         Raises:
             RuntimeError: when too many completions could not be judged.
         """
-        adaptive, grade = self._config.adaptive, self._remembered.grade
+        adaptive, grade = self._config.adaptive, self._grade
         assert adaptive is not None
         assert grade is not None
         rank = accelerator.process_index
-        prompts = self._remembered.prompts[rank :: accelerator.num_processes]
+        prompts = self._prompts[rank :: accelerator.num_processes]
         seed = hash((self._seed, rank)) & 0x7FFFFFFF
         scores = grade(engine.generate(prompts, self._sampling, seed=seed)) if prompts else []
         verdicts = gather(accelerator, [score.verdict for score in scores])

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf.attention import can_share_prefix
 from rlhf.balance import expert_load
 from rlhf.config import PPO, Algorithm, Online
 from rlhf.controllers import adapted_entropy_coefficient, adapted_kl_coefficient, applied_entropy_coefficient
 from rlhf.critic import Critic
-from rlhf.distributed import beside, gather, global_max
+from rlhf.distributed import beside, gather
 from rlhf.experience import Experience, PerRollout
 from rlhf.expert_balance import ExpertBalance, count_disagreement
 from rlhf.guards import require_experts, require_finite, require_same_experts, require_same_policy
@@ -39,45 +38,14 @@ from rlhf.losses import (
     value_loss,
     vespo_loss,
 )
-from rlhf.masking import token_weights
 from rlhf.metrics import Metrics, reduce_metrics
-from rlhf.packing import pack_padded, pack_shared, padded_chunks, shared_chunks
+from rlhf.micro_batches import MicroBatch, Packer, with_old_policy
+from rlhf.models import ready
 from rlhf.reference import ReferencePolicy
 from rlhf.retention import NOTHING, Remembered, Retention
 from rlhf.run import say
 from rlhf.scorer import Scored, Scorer
 from rlhf.types import Batch, Rollout
-
-
-@dataclass(slots=True)
-class MicroBatch:
-    """A packed batch and what belongs to its [N] trained tokens."""
-
-    batch: Batch
-    weights: Tensor
-    """How much each token counts in the loss of its optimizer step."""
-    advantages: Tensor
-    values: Tensor | None
-    returns: Tensor | None
-    old_logprobs: Tensor | None = None
-    """Of the trainer's policy at the time of sampling; None until they are known, which on policy is in the step itself."""
-    entropies: Tensor | None = None
-    """Where top_entropy_share asks for them before the step."""
-
-
-def ready(model: Any, *, gradient_checkpointing: bool) -> Any:
-    """A model as it is trained here: without dropout, and in training mode only where gradient checkpointing needs that.
-
-    Dropout would make the trainer's policy another one than the sampler's.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train(gradient_checkpointing)
 
 
 class Updater:
@@ -104,12 +72,13 @@ class Updater:
         pad_token_id: int,
         remembered: Remembered = NOTHING,
     ) -> None:
-        self.config, self.accelerator, self._pad_token_id = config, accelerator, pad_token_id
+        self.config, self.accelerator = config, accelerator
         training = config.training
         obstacle = can_share_prefix(policy.config)
         self.shares_prompts = training.layout == "shared" and obstacle is None
         if training.layout == "shared" and obstacle is not None:
             say(f"prompts are computed once for each sample, not once for each group: the model has {obstacle}")
+        self._packer = Packer(config, accelerator, share_prompts=self.shares_prompts, pad_token_id=pad_token_id)
         self.steps_per_batch = training.minibatches_per_batch * training.passes_per_batch
         self.warmup_batches = config.critic.warmup_batches if isinstance(config, PPO) else 0
         policy = ready(policy, gradient_checkpointing=config.policy.gradient_checkpointing)
@@ -185,7 +154,7 @@ class Updater:
         assert self.reference is not None
         reference, estimator = self.reference, KL[self.config.algorithm.kl_estimator]
         temperature = self.config.rollout.temperature_at(batch)
-        return self._per_rollout(
+        return self._packer.per_rollout(
             rollouts,
             lambda batch: estimator(batch.sampler_logprobs, reference.logprobs(batch, temperature).cpu()),
         )
@@ -195,28 +164,7 @@ class Updater:
         """The critic's predictions before each token."""
         assert self.critic is not None
         critic = self.critic.unwrapped
-        return self._per_rollout(rollouts, lambda batch: critic(batch).cpu())
-
-    def _per_rollout(self, rollouts: Sequence[Rollout], score: Any) -> PerRollout:
-        """A function of micro-batches, [N] each, laid out by rollout again."""
-        everything = torch.ones(len(rollouts), dtype=torch.bool)
-        found: dict[int, Tensor] = {}
-        chunks = self._chunks(rollouts, range(len(rollouts)))
-        idle = global_max(self.accelerator, len(chunks)) - len(chunks)  # sharded weights need every rank in every pass
-        for rows in chunks + [[]] * idle:
-            batch = self._pack(rollouts, rows or range(1), everything if rows else ~everything)
-            lengths = [len(rollouts[i].token_ids) for i in batch.kept]
-            found |= zip(batch.kept, score(batch).split(lengths), strict=True)
-        return tuple(found[i] for i in range(len(rollouts)))
-
-    def _chunks(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[list[int]]:
-        cut = shared_chunks if self.shares_prompts else padded_chunks
-        return cut(rollouts, rows, self.config.training.tokens_per_micro_batch)
-
-    def _pack(self, rollouts: Sequence[Rollout], rows: Sequence[int], trained: Tensor) -> Batch:
-        if self.shares_prompts:
-            return pack_shared(rollouts, rows, trained)
-        return pack_padded(rollouts, rows, trained, pad_token_id=self._pad_token_id)
+        return self._packer.per_rollout(rollouts, lambda batch: critic(batch).cpu())
 
     # ---------------------------------------------------------------------------------------------------------------- the update
 
@@ -250,10 +198,11 @@ class Updater:
             metrics.add("policy/entropy_coefficient", total=self.entropy_coefficient, count=1)
         training, size = self.config.training, self.config.rollout.samples_per_prompt
         rows_per_minibatch = len(experience.rollouts) // size // training.minibatches_per_batch * size
-        plans = self._plans = [
-            self._plan(experience, range(m * rows_per_minibatch, (m + 1) * rows_per_minibatch))
-            for m in range(training.minibatches_per_batch)
+        minibatches = [
+            range(m * rows_per_minibatch, (m + 1) * rows_per_minibatch) for m in range(training.minibatches_per_batch)
         ]
+        everything = self._trains_everything
+        plans = self._plans = [self._packer.plan(experience, rows, everything=everything) for rows in minibatches]
         self._stale = any(r.policy_version < self.policy_version - steps_taken for r in experience.rollouts)
         moves_policy = batch >= self.warmup_batches
         if moves_policy and steps_taken == 0:
@@ -280,66 +229,19 @@ class Updater:
 
     def under_way(self, experience: Experience) -> Experience:
         """The experience of the update under way, with what it found out about the policy that sampled before that policy moved."""
+        return with_old_policy(experience, self._plans)
 
-        def by_rollout(name: str) -> PerRollout | None:
-            found: dict[int, Tensor] = {}
-            for micro in (micro for plan in self._plans for micro in plan):
-                of_tokens = getattr(micro, name)
-                if of_tokens is None:
-                    return None
-                lengths = [len(experience.rollouts[i].token_ids) for i in micro.batch.kept]
-                found |= zip(micro.batch.kept, of_tokens.cpu().split(lengths), strict=True)
-            return tuple(found.get(i, torch.zeros(0)) for i in range(len(experience.rollouts)))
-
-        return replace(experience, old_logprobs=by_rollout("old_logprobs"), entropies=by_rollout("entropies"))
-
-    def _plan(self, experience: Experience, rows: range) -> list[MicroBatch]:
-        """Micro-batches of one optimizer step; the same number on every rank.
-
-        Sequences without advantage have no gradient unless a KL term, an entropy bonus or the balance of the experts gives them one, so
-        they are not computed; the denominator counts them all the same.
-        """
+    @property
+    def _trains_everything(self) -> bool:
+        """Whether a KL term, an entropy bonus, the balance of the experts or a critic gives sequences without advantage a gradient."""
         algorithm = self.config.algorithm
-        lengths = torch.tensor([len(experience.rollouts[i].token_ids) if experience.trained[i] else 0 for i in rows])
-        all_lengths = torch.tensor(gather(self.accelerator, lengths.tolist()))
-        weights = token_weights(all_lengths, algorithm.aggregation, max_length=self.config.rollout.max_new_tokens)
-        offset = self.accelerator.process_index * len(rows)
-        weight_of = dict(zip(rows, weights[offset : offset + len(rows)].tolist(), strict=True))
-        everything = (
+        return (
             self.critic is not None
             or (self.reference is not None and algorithm.kl_in == "loss")
             or self.entropy_coefficient > 0
             or algorithm.entropy_target is not None
             or algorithm.top_entropy_share < 1
             or self.config.policy.router_aux_coefficient > 0
-        )
-        needed = [i for i in rows if experience.trained[i] and (everything or experience.advantages[i].any())]
-        chunks = self._chunks(experience.rollouts, needed)
-        plan = [self._micro_batch(experience, chunk, experience.trained, weight_of) for chunk in chunks]
-        idle = global_max(self.accelerator, max(1, len(chunks))) - len(chunks)
-        nothing = torch.zeros_like(experience.trained)
-        return plan + [self._micro_batch(experience, rows[:1], nothing, weight_of) for _ in range(idle)]
-
-    def _micro_batch(
-        self, experience: Experience, rows: Sequence[int], trained: Tensor, weight_of: dict[int, float]
-    ) -> MicroBatch:
-        batch = self._pack(experience.rollouts, rows, trained)
-
-        def of_tokens(per_rollout: PerRollout | None) -> Tensor | None:
-            if per_rollout is None:
-                return None
-            return torch.cat([torch.zeros(0), *(per_rollout[i] for i in batch.kept)])
-
-        advantages = of_tokens(experience.advantages)
-        assert advantages is not None
-        return MicroBatch(
-            batch,
-            torch.tensor([weight_of[i] for i in batch.rows])[batch.sequences],
-            advantages,
-            of_tokens(experience.values),
-            of_tokens(experience.returns),
-            of_tokens(experience.old_logprobs),
-            of_tokens(experience.entropies),
         )
 
     def _forward(self, micro: MicroBatch, expected: Tensor | None = None) -> Scored:
@@ -366,11 +268,11 @@ class Updater:
         if balance.must_count(len(plan)):
             num_tokens = sum(micro.batch.scored.numel() for micro in plan)
             balance.fix([self._expert_load(micro.batch) for micro in plan], num_tokens=num_tokens)
-        demonstrations, each_token = self._demonstrations()
+        imitation = self.retention.next_imitation(self._packer)
         total_loss, means = 0.0, {}
         for i, micro in enumerate(plan):
             last = i == len(plan) - 1
-            with self.policy.micro_batch(last=last and not demonstrations):
+            with self.policy.micro_batch(last=last and not imitation.batches):
                 # On policy every ratio is 1, and there each of the losses has the policy gradient.
                 on_policy = micro.old_logprobs is None
                 scored = self._forward(micro, -micro.advantages * micro.weights if on_policy else None)
@@ -388,13 +290,13 @@ class Updater:
                     require_same_policy(means.get("policy/kl_sampler", 0.0), self.config.guards, stale=self._stale)
                     require_same_experts(means, self.config.guards.max_router_disagreement)
                 loss = loss + balance.loss(routing)
-                if last and not demonstrations:
+                if last and not imitation.batches:
                     loss = loss + self._penalty(metrics)
                 self.policy.backward(loss)  # 0, with a gradient of 0, on an idle pass
-        for i, batch in enumerate(demonstrations):
-            last = i == len(demonstrations) - 1
+        for i, batch in enumerate(imitation.batches):
+            last = i == len(imitation.batches) - 1
             with self.policy.micro_batch(last=last):
-                loss = self._imitation(batch, each_token, metrics)
+                loss = imitation.loss(self.policy.module, batch, metrics)
                 self.policy.backward(loss + self._penalty(metrics) if last else loss)
         metrics.add("policy/grad_norm", total=self.policy.step(), count=1)
         self.policy_version += 1
@@ -404,26 +306,6 @@ class Updater:
         balance.describe(metrics, replayed=self.config.policy.router_replay)
         metrics.update(local)
         self._adapt(means)
-
-    def _demonstrations(self) -> tuple[list[Batch], float]:
-        """(PTX's micro-batches of an optimizer step, the same number on every rank; the weight of each of their tokens in its loss)."""
-        rollouts, rank = self.retention.demonstrations, self.accelerator.process_index
-        chosen, each_token = self.retention.next_demonstrations()
-        if not chosen:
-            return [], 0.0
-        everything = torch.ones(len(rollouts), dtype=torch.bool)
-        mine = self._chunks(rollouts, chosen[rank :: self.accelerator.num_processes])
-        idle = global_max(self.accelerator, len(mine)) - len(mine)
-        batches = [self._pack(rollouts, rows, everything) for rows in mine]
-        return batches + [self._pack(rollouts, chosen[:1], ~everything) for _ in range(idle)], each_token
-
-    def _imitation(self, batch: Batch, each_token: float, metrics: Metrics) -> Tensor:
-        """PTX: the loss of supervised fine-tuning on a micro-batch of demonstrations."""
-        logprobs = self.policy.module(batch, 1.0, torch.full((batch.scored.numel(),), -each_token)).logprobs
-        metrics.add("retention/ptx", total=-logprobs.sum().item(), count=logprobs.numel())
-        loss = -each_token * logprobs.sum()
-        require_finite(loss, "the loss on retention.ptx.demonstrations")
-        return loss
 
     def _penalty(self, metrics: Metrics) -> Tensor | float:
         """This rank's part of what elastic weight consolidation adds to the step's loss, which is that of all ranks together."""

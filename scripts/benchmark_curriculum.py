@@ -8,7 +8,6 @@ python scripts/benchmark_curriculum.py report --picture docs/benchmarks/curricul
 `prepare` teaches the demo's SFT policy the mixture of scripts/benchmarks/mixture.py. A finished run is not repeated.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import train_grpo
+from benchmarks.commands import run_and_report
 from benchmarks.curriculum import draw_race, load_runs, put_run, race_table, reached
 from benchmarks.mixture import demonstrations, heldout_problems, training_problems
 
@@ -170,19 +170,9 @@ def prompts_of(renderer: ChatRenderer, file: str | Path) -> list[Prompt]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser, commands, _, _ = run_and_report(__doc__, ARMS, JSON)
     first = commands.add_parser("prepare", help="problems, demonstrations, and the policy that every run starts from")
     first.add_argument("--baseline", default="outputs/demo/sft")
-    runs = commands.add_parser("run", help="train with each choice of problems and each seed")
-    runs.add_argument("--arms", nargs="+", choices=list(ARMS), required=True)
-    runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    runs.add_argument("--label", help="name of what was changed; the arm's by default")
-    runs.add_argument("--change", nargs="+", default=[], metavar="key.sub=value")
-    runs.add_argument("--json", type=Path, default=JSON)
-    shown = commands.add_parser("report", help="the table of what has been recorded")
-    shown.add_argument("--json", type=Path, default=JSON)
-    shown.add_argument("--picture", type=Path)
     given = parser.parse_args()
     with faults_as_sentences():
         if given.command == "prepare":

@@ -8,7 +8,6 @@ python scripts/benchmark_forgetting.py report --picture docs/benchmarks/forgetti
 It starts from the policy that `make demo` trains. One process takes all runs, one after the other; a finished one is not repeated.
 """
 
-import argparse
 import gc
 import os
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from benchmarks.commands import run_and_report
 from benchmarks.forgetting import SAMPLES, TASKS, Counts, draw_forgetting, forgetting_tables, write_tasks
 from benchmarks.learning import load_results, write_results
 from train_grpo import NUM_PROBES, reference_solutions, remember
@@ -214,18 +214,8 @@ def place(run: dict[str, Any]) -> tuple[int, str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser, commands, _, _ = run_and_report(__doc__, ARMS, JSON)
     commands.add_parser("prepare", help="data, starting policy and Fisher information")
-    runs = commands.add_parser("run", help="train on the second task with each control and each seed")
-    runs.add_argument("--arms", nargs="+", choices=list(ARMS), required=True)
-    runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    runs.add_argument("--label", help="name of what was changed; the arm's by default")
-    runs.add_argument("--change", nargs="+", default=[], metavar="key.sub=value")
-    runs.add_argument("--json", type=Path, default=JSON)
-    shown = commands.add_parser("report", help="tables and picture of what has been recorded")
-    shown.add_argument("--json", type=Path, default=JSON)
-    shown.add_argument("--picture", type=Path)
     given = parser.parse_args()
     with faults_as_sentences():
         if given.command == "prepare":

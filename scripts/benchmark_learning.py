@@ -8,7 +8,6 @@ python scripts/benchmark_learning.py report --picture docs/benchmarks/learning.p
 Everything starts from what `make demo` leaves before its GRPO stage. A finished run is not repeated.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 
 import train_grpo
 import yaml
+from benchmarks.commands import run_and_report
 from benchmarks.learning import Clock, draw_learning, learning_table, load_results, race_table, write_results
 from benchmarks.learning_trl import train_with_trl
 
@@ -173,14 +173,7 @@ def report(file: Path, picture: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    ours = commands.add_parser("run", help="train and evaluate each algorithm with each seed")
-    ours.add_argument("--algorithms", nargs="+", choices=list(RECIPES), required=True)
-    ours.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    ours.add_argument("--label", help="name of a variant; the recipe's by default")
-    ours.add_argument("--change", nargs="+", default=[], metavar="key.sub=value", help="what the variant changes")
-    ours.add_argument("--json", type=Path, default=JSON)
+    parser, commands, _, _ = run_and_report(__doc__, RECIPES, JSON, option="algorithms")
     single = commands.add_parser("one")
     single.add_argument("--config", required=True)
     single.add_argument("overrides", nargs="*")
@@ -193,9 +186,6 @@ def main() -> None:
     theirs.add_argument("--micro-batch", type=int, required=True)
     theirs.add_argument("--budget", type=int, default=BUDGET)
     theirs.add_argument("--folder", type=Path)
-    shown = commands.add_parser("report", help="tables and picture of what has been recorded")
-    shown.add_argument("--json", type=Path, default=JSON)
-    shown.add_argument("--picture", type=Path)
     given = parser.parse_args()
     with faults_as_sentences():
         if given.command == "run":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from benchmarks.commands import run_and_report
 
 from rlhf.evaluation import GradedProblem
 from rlhf.evaluation_files import compare_evaluations, read_evaluated
@@ -156,17 +157,8 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="train and evaluate each arm with each seed")
-    runs.add_argument("--arms", nargs="+", choices=list(ARMS), required=True)
-    runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser, _, runs, _ = run_and_report(__doc__, ARMS, JSON, picture=False)
     runs.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="what `make demo` left")
-    runs.add_argument("--label", help="name of a variant; the arm's by default")
-    runs.add_argument("--change", nargs="+", default=[], metavar="key.sub=value", help="what the variant changes")
-    runs.add_argument("--json", type=Path, default=JSON)
-    shown = commands.add_parser("report", help="the table of what has been recorded")
-    shown.add_argument("--json", type=Path, default=JSON)
     given = parser.parse_args()
     with faults_as_sentences():
         if given.command == "run":

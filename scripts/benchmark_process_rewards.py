@@ -17,6 +17,7 @@ from typing import Any
 
 import train_grpo
 import yaml
+from benchmarks.commands import run_and_report
 from benchmarks.learning import mean_curve, reached
 
 from data.chat import ChatRenderer
@@ -213,25 +214,15 @@ def draw(runs: Sequence[dict[str, Any]], picture: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="train with each kind of reward and each seed")
-    runs.add_argument("--recipe", default=RECIPE)
-    runs.add_argument("--variants", nargs="+", choices=list(VARIANTS), required=True)
-    runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser, _, runs, shown = run_and_report(__doc__, VARIANTS, JSON, option="variants")
+    for command in (runs, shown):
+        command.add_argument("--recipe", default=RECIPE)
     runs.add_argument("--process-model", default="outputs/slips/process_reward_model")
     runs.add_argument("--test-problems", default="outputs/slips/data/test_problems.jsonl")
     runs.add_argument("--weight", type=float, default=0.3, help="of the process rewards; correctness has 1")
     runs.add_argument("--step-value", choices=("probability", "signed"), default="signed")
-    runs.add_argument("--label", help="name of what was changed; the variant's by default")
-    runs.add_argument("--change", nargs="+", default=[], metavar="key.sub=value")
-    runs.add_argument("--json", type=Path, default=JSON)
-    shown = commands.add_parser("report", help="the tables and the picture of what has been recorded")
-    shown.add_argument("--recipe", default=RECIPE)
     shown.add_argument("--labels", nargs="+", help="only these")
     shown.add_argument("--targets", nargs="+", type=float, default=[0.4, 0.5])
-    shown.add_argument("--picture", type=Path)
-    shown.add_argument("--json", type=Path, default=JSON)
     given = parser.parse_args()
     quiet_libraries()
     with faults_as_sentences():

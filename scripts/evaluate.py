@@ -8,24 +8,22 @@ python scripts/evaluate.py power --benchmark aime24 --k 64
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from evaluating.commands import compare_command, power_command
+from evaluating.problems import Asked, ask
+from evaluating.selection import choose, require_reward_models
 
-from data.benchmarks import read_problems, size_of
 from data.chat import ChatRenderer, render_response, with_budget
-from data.perturbation import Variant, perturb
-from data.records import Problem, read_records
-from data.sources import Refused
+from data.records import Problem
 from reward_models import grading
 from reward_models.grading import VERSION, Grade, GraderPool, canonical
 from rlhf.card import (
@@ -40,11 +38,10 @@ from rlhf.card import (
     without_leaks,
     write_card,
 )
-from rlhf.config import Chat, Evaluate, EvaluatedModel, Selection, load_config, to_yaml
-from rlhf.evaluation import ORIGINAL, GradedProblem, compare, summarise
-from rlhf.evaluation_files import compare_evaluations, comparison_text, read_evaluated, read_samples, write_samples
-from rlhf.power import power_text
-from rlhf.report import before_and_after, evaluation_table, printable
+from rlhf.config import Chat, Evaluate, EvaluatedModel, load_config, to_yaml
+from rlhf.evaluation import GradedProblem, compare, summarise
+from rlhf.evaluation_files import read_samples, write_samples
+from rlhf.report import before_and_after, evaluation_table
 from rlhf.run import (
     RECIPE,
     Run,
@@ -58,9 +55,6 @@ from rlhf.run import (
     say,
     write_json,
 )
-from rlhf.selection import draw_selection, selection_table, summarise_selection
-from rlhf.types import Rollout
-from rlhf.uncertainty import Spread
 
 LONGEST_VOTE = 300
 """Characters of an answer that are brought to one spelling for a vote; a longer one votes as it stands."""
@@ -82,59 +76,6 @@ def vote(grade: Grade) -> str | None:
     if grade.verdict == "undecided" or len(grade.extracted) > LONGEST_VOTE:
         return grade.extracted.strip()
     return canonical(grade.extracted)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- problems
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """Everything that is asked, and where it is from."""
-
-    problems: list[Problem]
-    variants: list[Variant]
-    refused: list[Refused]
-    name: str
-
-    @property
-    def all(self) -> list[tuple[Problem, str, str]]:
-        """(problem, variant, id of the problem it is a variant of)"""
-        return [(p, ORIGINAL, "") for p in self.problems] + [(v.problem, v.kind, v.origin) for v in self.variants]
-
-    def block(self) -> dict[str, Any]:
-        """For the card."""
-        text = json.dumps([[p.id, p.question, p.answer] for p, _, _ in self.all])
-        return {
-            "name": self.name,
-            "problems": len(self.problems),
-            "perturbed": dict(Counter(v.kind for v in self.variants)),
-            "refused_rows": len(self.refused),
-            "refused_examples": [f"{row.origin}: {row.reason}" for row in self.refused[:3]],
-            "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-        }
-
-
-def ask(config: Evaluate) -> Asked:
-    """The recipe's problems with their perturbed variants; rows that cannot be read are refused, named and counted."""
-    refused: list[Refused] = []
-    if config.benchmark is not None:
-        b = config.benchmark
-        problems, refused = read_problems(b.name, path=b.path, revision=b.revision)
-        name = b.name
-    else:
-        assert config.problems is not None
-        problems, name = read_records(Problem, config.problems), Path(config.problems).name
-    if refused:
-        shown = "; ".join(f"{row.origin}: {row.reason}" for row in refused[:3])
-        say(f"{len(refused)} of {len(refused) + len(problems)} rows refused: {printable(shown)}")
-    problems = problems[: config.num_problems]
-    variants = perturb(problems, config.perturbations, seed=config.seed)
-    if config.perturbations:
-        made = Counter(v.kind for v in variants)
-        say(
-            f"told differently: {', '.join(f'{kind} {made[kind]:,} of {len(problems):,}' for kind in config.perturbations)}"
-        )
-    return Asked(problems=problems, variants=variants, refused=refused, name=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- sampling
@@ -314,70 +255,6 @@ def grade_problems(problems: Sequence[GradedProblem], config: Evaluate) -> list[
     return graded
 
 
-def score_samples(problems: Sequence[GradedProblem], selection: Selection, chat: Chat) -> list[GradedProblem]:
-    """The same samples with every reward model's scores, each model reading them through its own tokenizer and template.
-
-    Where the engine told log-probabilities, the policy's own confidence is one of the scores: a reward model should beat it.
-    """
-    import torch
-
-    from reward_models.outcome import OutcomeModel
-    from reward_models.process import TOKENS_PER_BATCH, ProcessModel, aggregate
-    from rlhf.models import load_tokenizer
-
-    if any(not p.question for p in problems):
-        raise ValueError("the kept samples have no questions, which a reward model must see; sample them again")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorers: dict[str, tuple[str, Callable[[Sequence[Rollout]], list[float]]]] = {}
-    if selection.outcome_model is not None:
-        outcome = OutcomeModel.load(selection.outcome_model, device=device)
-        scorers["outcome model"] = (selection.outcome_model, outcome.chances(batch_size=selection.batch_size))
-    if selection.process_model is not None:
-        judge_steps = ProcessModel.load(selection.process_model, device=device).scorer(
-            tokens_per_batch=TOKENS_PER_BATCH
-        )
-
-        def of_steps(rollouts: Sequence[Rollout]) -> list[float]:
-            return [aggregate([step.value for step in steps], selection.aggregate) for steps in judge_steps(rollouts)]
-
-        scorers["process model"] = (selection.process_model, of_steps)
-    told = all(p.weights for p in problems)
-    scores: list[dict[str, tuple[float, ...]]] = [{"confidence": p.weights} if told else {} for p in problems]
-    for name, (path, score) in scorers.items():
-        renderer = ChatRenderer(load_tokenizer(path), chat.system_prompt)
-        prompts = [renderer.prompt(p.id, p.question, p.reference) for p in problems]
-        values = iter(
-            score(
-                [
-                    renderer.rollout(prompt, p.prefill + text, truncated=cut)
-                    for prompt, p in zip(prompts, problems, strict=True)
-                    for text, cut in zip(p.texts, p.truncated, strict=True)
-                ]
-            )
-        )
-        for of_problem, problem in zip(scores, problems, strict=True):
-            of_problem[name] = tuple(next(values) for _ in problem.texts)
-    return [dataclasses.replace(p, scores=s) for p, s in zip(problems, scores, strict=True)]
-
-
-def choose(
-    config: Evaluate, run: Run, graded: Mapping[str, list[GradedProblem]]
-) -> tuple[dict[str, list[GradedProblem]], dict[str, Any]]:
-    """(problems with their samples' scores, accuracy of every way to choose among them) of each model; a picture beside them."""
-    assert config.selection is not None
-    started = time.perf_counter()
-    scored = {label: score_samples(problems, config.selection, config.chat) for label, problems in graded.items()}
-    say(f"reward models scored all samples in {time.perf_counter() - started:.1f} s")
-    selections = {
-        label: summarise_selection(problems, ns=config.selection.ns, seed=config.seed)
-        for label, problems in scored.items()
-    }
-    for label, selection in selections.items():
-        say(f"\n{selection_table(label, selection)}")
-    draw_selection(selections, run.folder / "selection.png")
-    return scored, selections
-
-
 def finish(
     config: Evaluate, run: Run, graded: Mapping[str, list[GradedProblem]], cards: Mapping[str, Card], *, is_main: bool
 ) -> None:
@@ -426,27 +303,6 @@ def finish(
     if is_main:
         for file in run.folder.glob("generations.*.jsonl"):
             file.unlink()  # they are in samples.<label>.jsonl now
-
-
-def require_reward_models(selection: Selection) -> None:
-    """Raise before anything is sampled when what is to choose is no reward model.
-
-    Raises:
-        ValueError: naming the key and the script that trains one.
-    """
-    from reward_models.outcome import STATISTICS
-    from reward_models.process import DESCRIPTION
-    from rlhf.models import check_model_path
-
-    for key, path, beside, script in (
-        ("outcome_model", selection.outcome_model, STATISTICS, "train_reward_model"),
-        ("process_model", selection.process_model, DESCRIPTION, "train_process_reward_model"),
-    ):
-        if path is None:
-            continue
-        check_model_path(path, f"selection.{key}")
-        if not (Path(path) / beside).is_file():
-            raise ValueError(f"selection.{key} is {path}, which has no {beside}; train it with scripts/{script}.py")
 
 
 def evaluate(config: Evaluate, run: Run) -> None:
@@ -507,53 +363,6 @@ def regrade(config: Evaluate) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ command line
-
-
-def compare_command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="evaluate.py compare", description="Two evaluations of the same problems.")
-    parser.add_argument("baseline", metavar="FOLDER[:LABEL]")
-    parser.add_argument("other", metavar="FOLDER[:LABEL]")
-    parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
-    given = parser.parse_args(arguments)
-    compared = compare_evaluations(read_evaluated(given.baseline), read_evaluated(given.other))
-    print(comparison_text(compared))
-    if given.output:
-        write_json(Path(given.output), compared)
-
-
-def power_command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="evaluate.py power", description="What an evaluation will be able to show.")
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--benchmark", help="a published benchmark, for its number of problems")
-    size.add_argument("--problems", type=int, help="a number of problems")
-    parser.add_argument("--k", type=int, default=1, help="samples a problem")
-    parser.add_argument("--accuracy", type=float, default=0.5, help="expected pass@1")
-    parser.add_argument(
-        "--concentration", type=float, default=2.0, help="a + b of the Beta distribution of difficulty; 2 is uniform"
-    )
-    parser.add_argument("--correlation", type=float, default=0.5, help="of what two models find hard")
-    parser.add_argument(
-        "--run", metavar="FOLDER[:LABEL]", help="take the variances from an evaluation with several samples"
-    )
-    given = parser.parse_args(arguments)
-    problems = given.problems if given.problems is not None else size_of(given.benchmark)
-    for name, low, value, high in (
-        ("problems", 2, problems, 10**9),
-        ("k", 1, given.k, 10**6),
-        ("accuracy", 0, given.accuracy, 1),
-        ("correlation", -1, given.correlation, 1),
-        ("concentration", 1e-3, given.concentration, 1e6),
-    ):
-        if not low <= value <= high:
-            raise ValueError(f"--{name} is {value}; give a number from {low:g} to {high:g}")
-    if given.run:
-        measured = [p for p in read_evaluated(given.run).problems if p.is_judged and p.variant == ORIGINAL]
-        spread = Spread.measured([p.accuracy for p in measured], len(measured[0].verdicts))
-        basis = f"variances measured on {len(measured)} problems of {given.run}"
-    else:
-        spread = Spread.assumed(given.accuracy, given.concentration)
-        basis = f"difficulty assumed Beta with mean {given.accuracy:g} and a + b = {given.concentration:g}"
-    print(power_text(given.benchmark or "design", problems, given.k, spread, given.correlation, basis))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from samples.chunks import Chunks, Work, seed_of, verdicts_of, work_off
+from samples.completions import prepare_prompts
 
 from data.chat import ChatRenderer
 from data.records import LabelledSteps, Problem, parse_record, read_records, write_records
@@ -152,23 +153,9 @@ class Labeller:
 
 
 def label_steps(config: LabelSteps, run: Run) -> None:
-    from rlhf.models import check_model_path, load_tokenizer
-    from rlhf.rollout.engine import require_prompts_fit
-
-    rollout, policy = config.rollout, config.policy
     problems = read_records(Problem, config.problems)[: config.num_problems]
-    check_model_path(policy.path, "policy.path")
-    renderer = ChatRenderer(
-        load_tokenizer(policy.path, revision=policy.revision), config.chat.system_prompt, config.chat.think
-    )
-    prompts = [renderer.problem_prompt(p) for p in problems]
-    require_prompts_fit(prompts, rollout)
+    renderer, prompts = prepare_prompts(config, problems, called="solutions", remark=" before their steps are known")
     chunks = Chunks.of(run, prompts, config)
-    most = len(prompts) * rollout.samples_per_prompt
-    say(
-        f"{len(prompts):,} problems x {rollout.samples_per_prompt} solutions of at most {rollout.max_new_tokens:,} tokens: "
-        f"at most {most * rollout.max_new_tokens:,} tokens before their steps are known"
-    )
 
     def build(engine: Any, graders: GraderPool) -> Work:
         return label_chunks(Labeller(config, engine, renderer, graders), config, len(chunks.prompts))

@@ -24,6 +24,7 @@ HOSTILE = "\x1b[2J\x07|`<script>"
 
 @pytest.fixture(scope="module")
 def script():
+    sys.path.insert(0, str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts/evaluate.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -332,6 +333,8 @@ def test_samples_are_chosen_by_vote_and_by_a_reward_model_and_chosen_anew_withou
 
 
 def test_the_score_of_a_sample_is_the_reward_models_own_of_its_conversation(script, judge, renderer):
+    from evaluating.selection import score_samples
+
     from reward_models.outcome import OutcomeModel
     from rlhf.config import Chat, Selection
 
@@ -339,13 +342,13 @@ def test_the_score_of_a_sample_is_the_reward_models_own_of_its_conversation(scri
         id="a", level=0, question="What is 1 + 1?", reference="2", texts=("\\boxed{2}", "\\boxed{3"), lengths=(8, 8),
         truncated=(False, True), answers=("2", None), verdicts=("correct", "wrong"),
     )  # fmt: skip
-    (scored,) = script.score_samples([problem], Selection(outcome_model=str(judge)), Chat())
+    (scored,) = score_samples([problem], Selection(outcome_model=str(judge)), Chat())
     prompt = renderer.prompt_ids("What is 1 + 1?")
     whole, cut = [*prompt, *renderer.response_ids("\\boxed{2}")], [*prompt, *renderer.response_ids("\\boxed{3")[:-1]]
     raw = OutcomeModel.load(str(judge), device="cpu").raw_scores([whole, cut], batch_size=2).double()
     assert scored.scores["outcome model"] == pytest.approx((raw - 0.1).sigmoid().tolist())
     with pytest.raises(ValueError, match="the kept samples have no questions"):
-        script.score_samples([script.dataclasses.replace(problem, question="")], Selection(), Chat())
+        score_samples([script.dataclasses.replace(problem, question="")], Selection(), Chat())
 
 
 def test_power_is_printed_without_any_run(script, capsys):

@@ -18,4 +18,5 @@ from rlhf.config.retention import *
 from rlhf.config.rewards import *
 from rlhf.config.samples import *
 from rlhf.config.sections import *
+from rlhf.config.stages import *
 from rlhf.config.thinking import *

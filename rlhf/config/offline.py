@@ -6,38 +6,26 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config.models import LanguageModel, Model
+from rlhf.config.models import LanguageModel
 from rlhf.config.preference import DPO, ORPO
-from rlhf.config.sections import Chat, OfflineTraining, Optimizer, PositiveInt, Section
+from rlhf.config.stages import OfflineStage
 
 
-class SFT(Section):
+class SFT(OfflineStage):
     """Supervised fine-tuning on chain-of-thought scratchpads, with TRL's SFTTrainer."""
 
     stage: Literal["sft"]
-    output_dir: str
-    seed: int = 0
-    model: LanguageModel
-    chat: Chat = Chat()
+    model: LanguageModel  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     demonstrations: str
-    max_tokens: PositiveInt
-    """A longer demonstration is left out, and counted."""
-    training: OfflineTraining
-    optimizer: Optimizer
     script: ClassVar[str] = "scripts/train_sft.py"
 
 
-class RewardModel(Section):
+class RewardModel(OfflineStage):
     """An outcome reward model on preference pairs, with TRL's RewardTrainer (Bradley-Terry)."""
 
     stage: Literal["reward_model"]
-    output_dir: str
-    seed: int = 0
-    model: Model
-    chat: Chat = Chat()
     train_pairs: str
     heldout_pairs: str
-    max_tokens: PositiveInt
     head: Literal["classification", "likelihood"] = "classification"
     """A new row on the hidden state, or the language model's own log-probability of the response (see reward_models/outcome.py)."""
     centering: Annotated[float, Field(ge=0)] = 0.01
@@ -45,19 +33,13 @@ class RewardModel(Section):
     margin_scale: Annotated[float, Field(ge=0)] = 0.0
     """What the margin of a pair, where its source has one, is multiplied with before the chosen response must be ahead by it
     (https://arxiv.org/abs/2307.09288, eq. 2). 0 leaves margins out."""
-    training: OfflineTraining
-    optimizer: Optimizer
     script: ClassVar[str] = "scripts/train_reward_model.py"
 
 
-class ProcessRewardModel(Section):
+class ProcessRewardModel(OfflineStage):
     """A process reward model on labelled steps: the probability that each step is right (see rlhf/trainers/process.py)."""
 
     stage: Literal["process_reward_model"]
-    output_dir: str
-    seed: int = 0
-    model: Model
-    chat: Chat = Chat()
     train_steps: str
     heldout_steps: str
     """Solutions with errors and without; a part of them gives the threshold, the others F1."""
@@ -75,10 +57,6 @@ class ProcessRewardModel(Section):
     after_first_error: Literal["ignore", "train"] = "ignore"
     """Whether steps after the first wrong one are trained on. What is right there is not defined: PRM800K stops labelling
     (https://arxiv.org/abs/2305.20050), automatic labels call all of them wrong, which teaches that wrong follows wrong."""
-    max_tokens: PositiveInt
-    """A longer solution is left out, and counted."""
-    training: OfflineTraining
-    optimizer: Optimizer
     script: ClassVar[str] = "scripts/train_process_reward_model.py"
 
     @model_validator(mode="after")

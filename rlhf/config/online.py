@@ -201,8 +201,13 @@ class Online(Section):
     watch: Watch = Watch()
     retention: Retention = Retention()
 
+    @property
+    def component_names(self) -> list[str]:
+        """Of the rewards, in their order."""
+        return [reward.name for reward in self.rewards]
+
     @model_validator(mode="after")
-    def _relations(self) -> Online:
+    def _reference_has_a_coefficient(self) -> Online:
         if self.algorithm.kl_coefficient > 0 and self.reference is None:
             raise ValueError(
                 f"algorithm.kl_coefficient is {self.algorithm.kl_coefficient} but reference is not set; "
@@ -219,10 +224,18 @@ class Online(Section):
                     f"reference.kind is {kind} and policy.lora is {'set' if lora else 'not set'}; with LoRA take lora_base or frozen, "
                     "without it frozen or moving_average"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _replayed_experts_are_recorded(self) -> Online:
         if self.policy.router_replay and not self.rollout.record_experts:
             raise ValueError(
                 "policy.router_replay is set but rollout.record_experts is not, so there would be nothing to replay; set it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_can_be_cut(self) -> Online:
         if self.rollout.prompts_per_batch % self.training.minibatches_per_batch:
             raise ValueError(
                 f"rollout.prompts_per_batch is {self.rollout.prompts_per_batch}, not a multiple of training.minibatches_per_batch "
@@ -233,34 +246,42 @@ class Online(Section):
                 f"training.tokens_per_micro_batch is {self.training.tokens_per_micro_batch}, less than one sequence of "
                 f"rollout.max_prompt_tokens + rollout.max_new_tokens = {self.rollout.max_prompt_tokens + self.rollout.max_new_tokens}; raise it"
             )
-        if self.training.max_staleness > 0 and self.rollout.engine != "server":
+        return self
+
+    @model_validator(mode="after")
+    def _older_policies_sample_elsewhere(self) -> Online:
+        staleness, server = self.training.max_staleness, self.rollout.server
+        if staleness > 0 and self.rollout.engine != "server":
             raise ValueError(
-                f"training.max_staleness is {self.training.max_staleness} and rollout.engine is {self.rollout.engine}, which samples in the process that trains; "
+                f"training.max_staleness is {staleness} and rollout.engine is {self.rollout.engine}, which samples in the process that trains; "
                 "set rollout.engine to server, or max_staleness to 0"
             )
-        if self.training.max_staleness > 0 and self.algorithm.sampler_correction == "none":
+        if staleness > 0 and self.algorithm.sampler_correction == "none":
             raise ValueError(
-                f"training.max_staleness is {self.training.max_staleness} and algorithm.sampler_correction is none: rollouts of an older policy would be "
+                f"training.max_staleness is {staleness} and algorithm.sampler_correction is none: rollouts of an older policy would be "
                 "trained on as if they were its own; set it to truncate or mask"
             )
-        sharded = [r for r in self.rewards if isinstance(r, ModelReward) and r.placement == "sharded"]
-        if self.training.max_staleness > 0 and sharded:
+        if staleness > 0 and any(isinstance(r, ModelReward) and r.placement == "sharded" for r in self.rewards):
             raise ValueError(
-                f"training.max_staleness is {self.training.max_staleness} and rewards.reward_model.placement is sharded: its ranks score together, which "
+                f"training.max_staleness is {staleness} and rewards.reward_model.placement is sharded: its ranks score together, which "
                 "would collide with training; set it to whole"
             )
-        if (
-            self.rollout.server is not None
-            and self.rollout.server.update_in_flight
-            and self.training.max_staleness == 0
-        ):
+        if staleness == 0 and server is not None and server.update_in_flight:
             raise ValueError(
                 "rollout.server.update_in_flight is true and training.max_staleness is 0, so no completion is ever in flight; raise it to 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _server_takes_whole_weights(self) -> Online:
         if self.rollout.server is not None and self.policy.lora is not None and self.policy.lora.sync == "adapter":
             raise ValueError(
                 "policy.lora.sync is adapter and rollout.engine is server, which takes whole weights; set sync to merged"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_fit_what_they_judge(self) -> Online:
         for reward in self.rewards:
             if isinstance(reward, RuleReward) and (reward.buffer_tokens or 0) > self.rollout.max_new_tokens:
                 raise ValueError(
@@ -277,7 +298,11 @@ class Online(Section):
                     f"algorithm.step_credit is min and rewards.{reward.name}.step_value is probability: what follows the worst step counts 0, which no "
                     "probability is below, so right steps would be held down; set step_value to signed"
                 )
-        names = [reward.name for reward in self.rewards]
+        return self
+
+    @model_validator(mode="after")
+    def _components_and_their_gates(self) -> Online:
+        names = self.component_names
         if len(set(names)) != len(names):
             raise ValueError(
                 f"rewards name the same component twice: {', '.join(names)}; merge them, or give each a name and say under kind what it is"
@@ -295,15 +320,27 @@ class Online(Section):
                     raise ValueError(
                         f"rewards.{reward.name}.gates names {gate.component!r}, which is {problem}; {nearest(gate.component, others)}"
                     )
-        metrics = [*MEANING, *(f"reward/{name}" for name in names)]
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_by_a_metric(self) -> Online:
+        metrics = [*MEANING, *(f"reward/{name}" for name in self.component_names)]
         if self.training.keep_best is not None and self.training.keep_best not in metrics:
             raise ValueError(
                 f"training.keep_best is {self.training.keep_best!r}, which is no metric; {nearest(self.training.keep_best, metrics)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _correctness_is_a_component(self) -> Online:
         if not any(reward.name == reward.kind == "correctness" for reward in self.rewards):
             raise ValueError(
-                f"rewards has no correctness component (has: {', '.join(names)}); add it, with weight 0 if it is only to be reported"
+                f"rewards has no correctness component (has: {', '.join(self.component_names)}); add it, with weight 0 if it is only to be reported"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _controls_of_forgetting(self) -> Online:
         require_controls(self)
         return self
 

@@ -6,23 +6,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config.models import Model
-from rlhf.config.sections import Chat, OfflineTraining, Optimizer, PositiveInt, Section
+from rlhf.config.stages import OfflineStage
 
 
-class PreferenceTraining(Section):
+class PreferenceTraining(OfflineStage):
     """What ORPO and DPO have in common."""
 
-    output_dir: str
-    seed: int = 0
-    model: Model
-    chat: Chat = Chat()
     pairs: str
     """Preference pairs, of people or made on policy."""
-    max_tokens: PositiveInt
-    """A pair with a longer response, prompt included, is refused and counted; nothing is ever cut."""
-    training: OfflineTraining
-    optimizer: Optimizer
 
 
 class ORPO(PreferenceTraining):

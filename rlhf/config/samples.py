@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.evaluation import EvaluatedModel
-from rlhf.config.models import Weights
 from rlhf.config.rewards import ModelReward, Reward
-from rlhf.config.sections import Chat, Grader, PositiveInt, Rollout, Section, Share
+from rlhf.config.sections import PositiveInt, Rollout, Section, Share
+from rlhf.config.stages import SamplingStage
 
 
 class LabellingRollout(Rollout):
@@ -29,17 +29,10 @@ class LabellingRollout(Rollout):
         return self
 
 
-class LabelSteps(Section):
+class LabelSteps(SamplingStage):
     """Labels the steps of a policy's own solutions by what becomes of completions from each prefix (reward_models/step_labels.py)."""
 
     stage: Literal["label_steps"]
-    output_dir: str
-    seed: int = 0
-    policy: Weights
-    chat: Chat = Chat()
-    problems: str
-    num_problems: PositiveInt | None = None
-    """The first so many; all by default."""
     separator: Annotated[str, Field(min_length=1)] = "\n"
     """What ends a step (reward_models/steps.py); that of the process model."""
     estimate: Literal["soft", "hard", "binary_search"] = "soft"
@@ -49,7 +42,6 @@ class LabelSteps(Section):
     min_steps: PositiveInt = 2
     """Solutions of fewer steps are left out."""
     rollout: LabellingRollout
-    grader: Grader = Grader()
     script: ClassVar[str] = "scripts/label_steps.py"
 
 
@@ -58,17 +50,10 @@ class SampledRollout(Rollout):
     """Sampled, graded and stored together: what a kill costs at most. Part of the seed, so another value draws other samples."""
 
 
-class MakePairs(Section):
+class MakePairs(SamplingStage):
     """Preference pairs from a policy's own completions, graded or scored (reward_models/pairing.py)."""
 
     stage: Literal["make_pairs"]
-    output_dir: str
-    seed: int = 0
-    policy: Weights
-    chat: Chat = Chat()
-    problems: str
-    num_problems: PositiveInt | None = None
-    """The first so many; all by default."""
     first_problem: Annotated[int, Field(ge=0)] = 0
     """How many problems of the file to pass over, so that rounds see different ones."""
     pairing: Literal["correct_wrong", "best_worst"] = "correct_wrong"
@@ -82,7 +67,6 @@ class MakePairs(Section):
     truncated: Literal["reject", "leave_out"] = "reject"
     """A completion cut by rollout.max_new_tokens is never chosen. It may be rejected, then without a stop token, or is in no pair."""
     rollout: SampledRollout
-    grader: Grader = Grader()
     script: ClassVar[str] = "scripts/make_pairs.py"
 
     @model_validator(mode="after")
@@ -119,18 +103,12 @@ class TraceJudge(Section):
     min_score: Share = 0.5
 
 
-class GenerateTraces(Section):
+class GenerateTraces(SamplingStage):
     """Demonstrations from a stronger policy's completions: what the grader accepts, without duplicates (data/traces.py)."""
 
     stage: Literal["generate_traces"]
-    output_dir: str
-    seed: int = 0
-    policy: EvaluatedModel
+    policy: EvaluatedModel  # type: ignore[reportIncompatibleVariableOverride]  # frozen: safe
     """Loaded by rollout.engine, or asked where policy.server says; then only the tokenizer at `path` is read."""
-    chat: Chat = Chat()
-    problems: str
-    num_problems: PositiveInt | None = None
-    """The first so many; all by default."""
     first_problem: Annotated[int, Field(ge=0)] = 0
     """How many problems of the file to pass over."""
     process_model: TraceJudge | None = None
@@ -145,5 +123,4 @@ class GenerateTraces(Section):
     """Which of a problem's traces stay where there are more."""
     rollout: SampledRollout
     """A completion cut by max_new_tokens is never a trace."""
-    grader: Grader = Grader()
     script: ClassVar[str] = "scripts/generate_traces.py"

@@ -24,14 +24,13 @@ from rlhf.distributed import gather
 from rlhf.logprobs import chunked_logprobs, token_logprobs
 from rlhf.lora import adapt, save_model
 from rlhf.metrics import Metrics, reduce_metrics
-from rlhf.models import load_causal_lm
+from rlhf.models import load_causal_lm, ready
 from rlhf.packing import pack_padded, pack_shared
 from rlhf.preference import log_odds, mean_logprobs, odds_ratio_loss
 from rlhf.run import say
 from rlhf.scorer import has_plain_head
 from rlhf.trainers.arguments import LogLines, run_trainer, trainer_arguments
 from rlhf.types import Prompt, Rollout
-from rlhf.updater import ready
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,10 @@ def chosen_problems(config: Any) -> list[Problem]:
     return problems[config.first_problem : last]
 
 
-def prepare_prompts(config: Any, problems: Sequence[Problem]) -> tuple[ChatRenderer, list[Prompt]]:
-    """The policy's renderer and the problems as it sees them; what is sampled at most is said.
+def prepare_prompts(
+    config: Any, problems: Sequence[Problem], *, called: str = "completions", remark: str = ""
+) -> tuple[ChatRenderer, list[Prompt]]:
+    """The policy's renderer and the problems as it sees them; what is sampled at most, and what it is `called`, is said.
 
     Raises:
         ValueError: when there is no such policy, or a prompt is too long for the recipe.
@@ -65,10 +67,10 @@ def prepare_prompts(config: Any, problems: Sequence[Problem]) -> tuple[ChatRende
     )
     prompts = [renderer.problem_prompt(p) for p in problems]
     require_prompts_fit(prompts, rollout)
-    num = len(prompts) * rollout.samples_per_prompt
+    most = len(prompts) * rollout.samples_per_prompt * rollout.max_new_tokens
     say(
-        f"{len(prompts):,} problems x {rollout.samples_per_prompt} completions of at most {rollout.max_new_tokens:,} tokens: "
-        f"at most {num * rollout.max_new_tokens:,} tokens"
+        f"{len(prompts):,} problems x {rollout.samples_per_prompt} {called} of at most {rollout.max_new_tokens:,} tokens: "
+        f"at most {most:,} tokens{remark}"
     )
     return renderer, prompts
 

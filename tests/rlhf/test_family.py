@@ -9,7 +9,6 @@ from online_helpers import RECIPE, G, assert_same, config, count_of_a_token, exp
 from torch.testing import assert_close
 
 import rlhf.trainers.online as online
-import rlhf.updater as updater
 from rlhf.advantages import group_relative
 from rlhf.experience import Ranks, estimate, has_signal
 from rlhf.metrics import MEANING, Metrics
@@ -364,13 +363,13 @@ def test_gradient_checkpointing_changes_no_gradient(make_trainer, captured, layo
 
 
 def test_dropout_is_off_in_a_policy_whose_config_asks_for_it(make_trainer, model_folder):
-    from rlhf.models import load_causal_lm
+    from rlhf.models import load_causal_lm, ready
 
     model = load_causal_lm(model_folder, revision=None, dtype="float32")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
         layer.dropout = torch.nn.Dropout(0.5)
-    updater.ready(model, gradient_checkpointing=True)
+    ready(model, gradient_checkpointing=True)
     assert all(layer.self_attn.attention_dropout == layer.dropout.p == 0 for layer in model.model.layers)
 
 

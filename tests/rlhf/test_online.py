@@ -7,8 +7,8 @@ import torch
 from online_helpers import G, assert_same, config, expected_gradient, experience, sample
 from torch.testing import assert_close
 
+import rlhf.micro_batches as micro_batches
 import rlhf.trainers.online as online
-import rlhf.updater as updater
 from rlhf.advantages import group_relative
 from rlhf.curriculum import prompt_stream
 from rlhf.experience import estimate, sequence_advantages
@@ -77,8 +77,8 @@ def test_groups_without_signal_are_not_computed_but_count_in_the_denominator(mak
     trainer = make_trainer("training.tokens_per_micro_batch=120")
     exp = experience(trainer, [1.0] * G + [0.0] * G + [0.0, 1.0, 0.0] * 2)
     packed = []
-    pack = updater.pack_shared
-    monkeypatch.setattr(updater, "pack_shared", lambda *a: (packed.append(a[1]), pack(*a))[1])
+    pack = micro_batches.pack_shared
+    monkeypatch.setattr(micro_batches, "pack_shared", lambda *a: (packed.append(a[1]), pack(*a))[1])
     trainer.updater.update(exp, Metrics())
     assert sorted(i for rows in packed for i in rows) == list(range(2 * G, 4 * G))
     assert_same(captured[0], expected_gradient(trainer, exp))
@@ -114,7 +114,7 @@ def test_advantages_are_those_of_the_whole_group_before_truncated_completions_ar
 
 
 def test_garbage_in_every_masked_position_changes_nothing(make_trainer, captured, monkeypatch):
-    original = updater.pack_padded
+    original = micro_batches.pack_padded
 
     def poisoned(*args, **kwargs):
         batch = original(*args, **kwargs)
@@ -125,7 +125,7 @@ def test_garbage_in_every_masked_position_changes_nothing(make_trainer, captured
         trainer = make_trainer(f"training.layout={layout}", folder=layout)
         exp = experience(trainer, [None, 1.0, 0.0] + [0.0, 1.0, 0.0] * 3)
         trainer.updater.update(exp, Metrics())
-        monkeypatch.setattr(updater, "pack_padded", poisoned)
+        monkeypatch.setattr(micro_batches, "pack_padded", poisoned)
         for i in (~exp.trained).nonzero().flatten().tolist():
             exp.advantages[i].fill_(float("nan"))
         for i in range(G):

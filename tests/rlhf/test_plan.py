@@ -12,13 +12,13 @@ from rlhf.config import Lora, load_config
 from rlhf.footprint import Sharding, Trained, read_sharding
 from rlhf.hardware import GIB, GPUS, Machine, cpu, parse_gpus
 from rlhf.lora import add_lora
+from rlhf.models import ready
 from rlhf.packing import pack_shared
 from rlhf.plan import ALWAYS, Plan, make_plan
 from rlhf.repairs import repairs
 from rlhf.scorer import Scorer
 from rlhf.shapes import meta_model, shape_of
 from rlhf.types import Prompt, Rollout
-from rlhf.updater import ready
 
 ROOT = Path(__file__).parents[2]
 TINY = {

@@ -17,7 +17,8 @@ from rlhf.logprobs import token_logprobs
 from rlhf.lora import add_lora
 from rlhf.metrics import Metrics
 from rlhf.models import load_causal_lm
-from rlhf.retention import Remembered, take_demonstrations
+from rlhf.ptx import take_demonstrations
+from rlhf.retention import Remembered
 from rlhf.types import Prompt, Rollout, Score
 
 ELASTIC = "retention.elastic={fisher: given, coefficient: 1000}"
