@@ -254,7 +254,8 @@ class Updater:
             self._plan(experience, range(m * rows_per_minibatch, (m + 1) * rows_per_minibatch))
             for m in range(training.minibatches_per_batch)
         ]
-        self._stale = any(r.policy_version < self.policy_version - steps_taken for r in experience.rollouts)
+        older = any(r.policy_version < self.policy_version - steps_taken for r in experience.rollouts)
+        self._stale = any(gather(self.accelerator, [older]))  # replay makes it so on some ranks only
         moves_policy = batch >= self.warmup_batches
         if moves_policy and steps_taken == 0:
             # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.
