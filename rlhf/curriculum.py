@@ -134,9 +134,8 @@ class Curriculum:
             probabilities[self._easiest_first[: max(round(share * self._size), 1)]] = 1.0
             return normalised(probabilities)
         alpha, beta = self.posterior(batch)
-        signal = expected_signal(alpha, beta)
-        if config.pools is not None:
-            signal = signal * ~self._set_aside(config.pools, batch)
+        may_come = self._may_come(config, batch)
+        signal = expected_signal(alpha, beta) * may_come
         if isinstance(config, SignalCurriculum):
             weights = signal**config.sharpness
             if config.band is not None:
@@ -153,9 +152,7 @@ class Curriculum:
             stale_share=config.stale_share,
             new_share=config.new_share,
         )
-        if config.pools is not None:
-            probabilities = normalised(probabilities * ~self._set_aside(config.pools, batch))
-        return with_floor(probabilities, config.floor)
+        return with_floor(normalised(probabilities * may_come), config.floor)
 
     def posterior(self, batch: int) -> tuple[Array, Array]:
         """(alpha, beta) [N] of each problem's pass rate, at rollout batch `batch`."""
@@ -185,10 +182,14 @@ class Curriculum:
         solved, impossible = enough & (rates >= config.solved_at), enough & (rates <= config.impossible_at)
         return dict(zip(POOLS, (unseen, ~unseen & ~solved & ~impossible, solved, impossible), strict=True))
 
-    def _set_aside(self, config: Pools, batch: int) -> Any:
-        """[N] True for problems that are retired or shelved and whose time to come back has not come."""
-        pools = self.pools(config)
-        return (pools["solved"] | pools["impossible"]) & (batch - self._last < config.revisit_batches)
+    def _may_come(self, config: MeasuredCurriculum, batch: int) -> Any:
+        """[N] False for problems that rest, and for those retired or shelved whose time to come back has not come."""
+        ages = batch - self._last
+        may_come = (self._last < 0) | (ages >= config.rest_batches)
+        if config.pools is not None:
+            pools = self.pools(config.pools)
+            may_come &= ~(pools["solved"] | pools["impossible"]) | (ages >= config.pools.revisit_batches)
+        return may_come
 
     def describe(self, metrics: Metrics, *, batch: int) -> None:
         """Metrics of rollout batch `batch`, once it is sampled; the same on all ranks."""

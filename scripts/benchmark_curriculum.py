@@ -45,12 +45,14 @@ SETTINGS = (
     "rewards=[{name: correctness}]", "rollout.prompts_per_batch=8", "training.minibatches_per_batch=1", "training.num_batches=160",
     "training.completions_every=0", "training.checkpoint_every=1000", "watch.action='off'",
 )  # fmt: skip
-SMALL_GROUPS = ("curriculum={kind: signal}", "rollout.prompts_per_batch=16", "rollout.samples_per_prompt=4")
+SMALL_GROUPS = ("curriculum={kind: signal, rest_batches: 0}", "rollout.prompts_per_batch=16", "rollout.samples_per_prompt=4")
 """Of which more are wrong from end to end."""
 ARMS = {
     "uniform": ("curriculum={kind: uniform, measure: true}",),
     "refill": ("curriculum={kind: uniform, measure: true}", "rollout.refill_rounds=3"),
-    "signal": ("curriculum={kind: signal}",),
+    "signal": ("curriculum={kind: signal, rest_batches: 0}",),
+    "signal_by_level": ("curriculum={kind: signal, rest_batches: 0, prior_column: level}",),
+    "signal_by_level_rested": ("curriculum={kind: signal, prior_column: level}",),
     "replay": ("curriculum={kind: replay}",),
     "small_groups": SMALL_GROUPS,
     "rescue": (*SMALL_GROUPS, "replay={}", "algorithm.sampler_correction=truncate"),

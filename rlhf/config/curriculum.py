@@ -75,6 +75,8 @@ class MeasuredCurriculum(Section):
     importance: Share = 0.0
     """Exponent of a weight 1 / (N q)^importance, scaled to at most 1, of what a problem chosen with probability q teaches: 1 undoes the choice's
     bias (https://arxiv.org/abs/1511.05952, section 3.4), 0 keeps it."""
+    rest_batches: Annotated[int, Field(ge=0)] = 5
+    """Rollout batches after which a problem that was sampled may come again, but by `floor`: a few that come all the time are learnt by heart."""
     pools: Pools | None = None
 
 

@@ -11,16 +11,12 @@ from typing import Any
 
 from rlhf.curriculum_report import draw_rates
 from rlhf.metrics import PASS_RATE_BINS, POOLS
-from rlhf.run import write_json
 
 THRESHOLD = 0.9
 BASELINE = "uniform"
 KEPT = (
-    "batch", "rollout/tokens", "reward/correctness", "reward/groups_with_signal", "policy/grad_norm", "policy/entropy",
-    "rollout/distinct_scratchpads", "rollout/distinct_answers", "rollout/self_bleu",
-    "replay/size", "replay/rescued", "replay/age",
-    "curriculum/pass_rate", "curriculum/effective", *(f"curriculum/{pool}" for pool in POOLS),
-    *(f"curriculum/{key}_{i}" for key in ("rates", "chosen") for i in range(PASS_RATE_BINS)),
+    "batch", "rollout/tokens", "reward/groups_with_signal", "replay/rescued", "curriculum/effective", *(f"curriculum/{pool}" for pool in POOLS),
+    *(f"curriculum/chosen_{i}" for i in range(PASS_RATE_BINS)),
 )  # fmt: skip
 """Metrics of a rollout batch that the report needs."""
 
@@ -38,12 +34,13 @@ def load_runs(file: Path) -> list[dict[str, Any]]:
 
 
 def put_run(file: Path, run: dict[str, Any]) -> None:
-    """Put a run's figures into the JSON file, in the place of an older run of that name; what a batch lacks there is 0."""
+    """Put a run's figures into the JSON file, a line a run, in the place of an older run of that name; what a batch lacks there is 0."""
     kept = [{key: round(b[key], 4) for key in KEPT if b.get(key)} for b in run["batches"]]
     run = {**run, "batches": kept}
     others = [r for r in load_runs(file) if (r["label"], r["seed"]) != (run["label"], run["seed"])]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"runs": sorted([*others, run], key=lambda r: (r["label"], r["seed"]))})
+    rows = ",\n".join(json.dumps(r) for r in sorted([*others, run], key=lambda r: (r["label"], r["seed"])))
+    file.write_text(f'{{"runs": [\n{rows}\n]}}\n', encoding="utf-8")
 
 
 def race_table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -82,7 +79,7 @@ def race_table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw_race(runs: Sequence[Mapping[str, Any]], picture: Path, *, seen: Sequence[str] = (BASELINE, "signal")) -> None:
+def draw_race(runs: Sequence[Mapping[str, Any]], picture: Path, *, seen: Sequence[str] = (BASELINE, "signal_by_level_rested")) -> None:
     """Held-out accuracy and groups with signal over sampled tokens, and whose problems are chosen in the first seed of two arms."""
     import matplotlib
 
@@ -91,6 +88,7 @@ def draw_race(runs: Sequence[Mapping[str, Any]], picture: Path, *, seen: Sequenc
 
     figure, axes = plt.subplots(1, 4, figsize=(21, 4.8), layout="constrained")
     labels = list(dict.fromkeys(r["label"] for r in runs))
+    longest = 1.05 * max(r["measured"][-1]["sampled_tokens"] for r in runs if r["label"] == BASELINE) / 1e3
     for r in runs:
         color, first = (
             f"C{labels.index(r['label'])}",
@@ -112,6 +110,7 @@ def draw_race(runs: Sequence[Mapping[str, Any]], picture: Path, *, seen: Sequenc
     for axis in axes[:2]:
         axis.set_xlabel("sampled tokens (thousands)")
         axis.grid(alpha=0.3)
+        axis.set_xlim(0, longest)
     axes[0].legend(fontsize=9)
     for axis, label in zip(axes[2:], seen, strict=True):
         of_label = next((r for r in runs if r["label"] == label), None)

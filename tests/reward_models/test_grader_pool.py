@@ -17,7 +17,7 @@ BAD = ("\\boxed{3}", "0.5")
 
 @pytest.fixture
 def pool():
-    with GraderPool(workers=2, timeout=1.0) as pool:
+    with GraderPool(workers=2, timeout=20.0) as pool:
         yield pool
 
 
@@ -29,7 +29,7 @@ def faulty(monkeypatch, tmp_path, body):
         "w.grade = grade; w.main(int(sys.argv[2]))"
     )
     monkeypatch.setattr("reward_models.grading.pool._START", start)
-    return GraderPool(workers=1, timeout=1.0, memory_mb=512)
+    return GraderPool(workers=1, timeout=4.0, memory_mb=512)
 
 
 def test_grades_come_back_in_order(pool):
@@ -71,7 +71,7 @@ def test_a_grader_that_takes_its_time_is_killed_close_to_the_limit(monkeypatch, 
         pool.grade_many([GOOD])
         started = time.monotonic()
         pool.grade_many([("poison", "1")])
-        assert 0.9 < time.monotonic() - started < 10.0  # of 60 it asked for
+        assert 3.9 < time.monotonic() - started < 50.0  # of 60 it asked for
 
 
 def test_it_works_from_threads_and_from_async_code(pool):

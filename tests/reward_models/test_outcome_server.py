@@ -62,7 +62,7 @@ def test_a_score_is_standardised_by_the_models_statistics(folder):
     [
         lambda body: Reply({}, status=500),
         lambda body: Reply(b'{"data": ['),
-        lambda body: Reply(answer(body), delay=10.0),
+        lambda body: Reply(answer(body), delay=30.0),
         lambda body: answer(body, extra=1),
         lambda body: answer(body, extra=-1),
         lambda body: answer(body, value=lambda s: None),
@@ -72,14 +72,14 @@ def test_a_score_is_standardised_by_the_models_statistics(folder):
         lambda body: {"data": []},
         lambda body: {"choices": [{"text": "0"}]},
     ],
-    ids=["500", "half", "10_s", "added_bos", "cut", "null", "nan", "two_labels", "one_missing", "empty", "chat"],
+    ids=["500", "half", "30_s", "added_bos", "cut", "null", "nan", "two_labels", "one_missing", "empty", "chat"],
 )
 def test_what_is_no_score_is_none_and_never_a_number(folder, fault, capsys):
     def script(body, attempt):
         return fault(body) if [1, 2] in body["input"] else answer(body)
 
     with serving(script) as server:
-        found = model(server.url, folder, timeout_seconds=1.0).raw_scores([[1, 2], [5, 6], [7, 8], [9, 1]])
+        found = model(server.url, folder, timeout_seconds=4.0).raw_scores([[1, 2], [5, 6], [7, 8], [9, 1]])
     assert found == [None, None, 15.0, 10.0]
     assert "rewards.rm: 2 of 4 completions without a score" in capsys.readouterr().out
 

@@ -154,7 +154,7 @@ def test_a_difficulty_that_is_no_number_is_named():
 
 
 def test_problems_that_are_always_right_or_always_wrong_are_chosen_least():
-    curriculum = make(4, kind="signal", floor=0.0, sharpness=1.0, half_life=None, prior_strength=2.0)
+    curriculum = make(4, kind="signal", floor=0.0, sharpness=1.0, half_life=None, prior_strength=2.0, rest_batches=0)
     curriculum.observe([Outcome(0, 8, 0), Outcome(1, 0, 8), Outcome(2, 4, 4)], batch=0)
     # Beta(9, 1), Beta(1, 9), Beta(5, 5), Beta(1, 1): 9/110, 9/110, 25/110, 1/6
     weights = array(9 / 110, 9 / 110, 25 / 110, 1 / 6)
@@ -162,15 +162,32 @@ def test_problems_that_are_always_right_or_always_wrong_are_chosen_least():
 
 
 def test_a_problem_that_was_solved_is_doubted_again_as_its_measurement_fades():
-    curriculum = make(2, kind="signal", half_life=5.0)
+    curriculum = make(2, kind="signal", half_life=5.0, rest_batches=0)
     curriculum.observe([Outcome(0, 8, 0), Outcome(1, 4, 4)], batch=0)
     assert curriculum.probabilities(1)[0] < curriculum.probabilities(20)[0] < 0.5
 
 
 def test_outside_the_band_only_the_floor_chooses():
-    curriculum = make(3, kind="signal", band=[0.3, 0.7], floor=0.3)
+    curriculum = make(3, kind="signal", band=[0.3, 0.7], floor=0.3, rest_batches=0)
     curriculum.observe([Outcome(0, 7, 1), Outcome(1, 4, 4), Outcome(2, 0, 8)], batch=0)
     assert_allclose(curriculum.probabilities(0), [0.1, 0.8, 0.1])
+
+
+@pytest.mark.parametrize("kind", ["signal", "replay"])
+def test_a_problem_rests_after_it_was_sampled_and_comes_again(kind):
+    """Of three with the same signal, one sampled in batch 2, one in batch 5: by the floor alone, 0.3 / 3, until five batches later."""
+    curriculum = make(
+        3, kind=kind, floor=0.3, rest_batches=5, half_life=None, **({"new_share": 1.0} if kind == "replay" else {})
+    )
+    curriculum.observe([Outcome(0, 4, 4)], batch=2)
+    curriculum.observe([Outcome(1, 4, 4)], batch=5)
+    assert_allclose(curriculum.probabilities(6), [0.1, 0.1, 0.8])
+    curriculum.observe([Outcome(2, 4, 4)], batch=6)
+    assert_allclose(curriculum.probabilities(7), [0.8, 0.1, 0.1])
+    assert_allclose(curriculum.probabilities(9), [0.8, 0.1, 0.1])
+    assert (curriculum.probabilities(10)[:2] > 0.1).all()
+    curriculum.observe([Outcome(i, 4, 4) for i in range(3)], batch=11)
+    assert_allclose(curriculum.probabilities(12), [1 / 3] * 3)  # where all rest, any may come
 
 
 def test_solved_problems_retire_impossible_ones_are_shelved_and_both_come_back():

@@ -34,18 +34,18 @@ def post(url, bodies=({"n": 1},), **changes):
         Reply(b'{"n": ', status=200),
         Reply([1]),
         Reply({"n": 1}, cut=True),
-        Reply({"n": 1}, delay=10.0),
-        Reply({"n": 1}, drip=0.3),
+        Reply({"n": 1}, delay=60.0),
+        Reply({"n": 1}, drip=10.0),
     ],
-    ids=["500", "503", "429", "half_json", "a_list", "cut", "10_s", "drip"],
+    ids=["500", "503", "429", "half_json", "a_list", "cut", "60_s", "drip"],
 )
 def test_a_fault_that_passes_costs_a_retry_and_nothing_else(fault):
     with serving(lambda body, attempt: fault if attempt < 2 else {"n": body["n"] + 1}) as server:
         started = time.monotonic()
-        asked = client(server.url, timeout_seconds=1.0)
+        asked = client(server.url, timeout_seconds=3.0)
         assert asked.post("ask", [{"n": 1}]) == [{"n": 2}]
         assert asked.num_retried == 2
-        assert time.monotonic() - started < 8.0
+        assert time.monotonic() - started < 50.0
 
 
 @pytest.mark.parametrize(
