@@ -35,7 +35,7 @@ def require_same_policy(kl_sampler: float, guards: Guards, *, stale: bool = Fals
     if not kl_sampler <= bound and stale:
         raise RuntimeError(
             f"policy/kl_sampler is {kl_sampler:.3g} nats per token, above guards.max_kl_stale {bound:g}: the policy has moved too far since these rollouts "
-            "were sampled; lower optimizer.learning_rate or training.max_staleness"
+            "were sampled; lower optimizer.learning_rate, training.max_staleness or replay.max_age_batches"
         )
     if not kl_sampler <= bound:
         raise RuntimeError(

@@ -203,7 +203,8 @@ class Updater:
         ]
         everything = self._trains_everything
         plans = self._plans = [self._packer.plan(experience, rows, everything=everything) for rows in minibatches]
-        self._stale = any(r.policy_version < self.policy_version - steps_taken for r in experience.rollouts)
+        older = any(r.policy_version < self.policy_version - steps_taken for r in experience.rollouts)
+        self._stale = any(gather(self.accelerator, [older]))  # replay makes it so on some ranks only
         moves_policy = batch >= self.warmup_batches
         if moves_policy and steps_taken == 0:
             # The first step is on policy: its old log-probabilities are its own. Later ones need them before the weights move.

@@ -219,7 +219,7 @@ def test_sft_on_two_ranks_sharded_or_not_takes_the_steps_of_one(model_folder, re
     [
         ("orpo", ["ddp"]),
         pytest.param("orpo", ["zero2", "pieces"], marks=pytest.mark.long),
-        pytest.param("dpo", ["ddp", "zero2"], marks=pytest.mark.long),
+        pytest.param("dpo", ["ddp", "zero2", "pieces"], marks=pytest.mark.long),
     ],
 )
 def test_preference_training_on_two_ranks_sharded_or_not_takes_the_steps_of_one(
@@ -267,6 +267,7 @@ def models(model_folder, judge_folder, process_folder, tokenizer, tmp_path_facto
         "mixtral": folder / "mixtral",
         "judge": judge_folder,
         "process": process_folder,
+        "past": tmp_path_factory.mktemp("past"),
     }
 
 
@@ -287,7 +288,7 @@ def steps_of_one_rank(models, tmp_path_factory):
     assert {key for key in weights if key.endswith("grad_norm")} == {
         "grpo.policy/grad_norm", "entropy.policy/grad_norm", "average.policy/grad_norm", "frozen.policy/grad_norm", "ppo.policy/grad_norm",
         "ppo.critic/grad_norm", "moe.policy/grad_norm", "mixtral.policy/grad_norm", "four bits.policy/grad_norm",
-        "retained.policy/grad_norm", "ptx.policy/grad_norm",
+        "retained.policy/grad_norm", "ptx.policy/grad_norm", "past.policy/grad_norm", "past resumed.policy/grad_norm",
     }  # fmt: skip
     return weights
 
@@ -296,7 +297,7 @@ def steps_of_one_rank(models, tmp_path_factory):
 @pytest.mark.parametrize(
     ("accelerate_config", "chosen"),
     [
-        ("ddp", {"base", "moe", "four_bits", "retained"}),
+        ("ddp", {"base", "moe", "four_bits", "retained", "past"}),
         ("zero1", {"moe"}),
         ("zero2", {"base", "four_bits", "retained"}),
         ("pieces", {"base", "moe", "mixtral", "judge", "process"}),
@@ -305,7 +306,8 @@ def steps_of_one_rank(models, tmp_path_factory):
 )
 def test_two_ranks_sharded_or_not_take_the_steps_of_one(models, steps_of_one_rank, tmp_path, accelerate_config, chosen):
     """GRPO, with LoRA and an entropy mask over all ranks, with a moving average as reference, of mixtures of experts; PPO with its critic;
-    and an outcome and a process model in pieces, which one rank asks more than the other."""
+    an outcome and a process model in pieces, which one rank asks more than the other; and a run with a curriculum, a replay buffer and a
+    coefficient that follows a held-out ability, from its beginning and from the middle of what one rank did."""
     two = weights_after(accelerate_config, 2, {name: models[name] for name in chosen}, tmp_path / "weights")
     if "base" in chosen:
         assert (two["poisoned.running"], two["poisoned.changed"]) == (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from loop_on_ranks import follow_the_past
 from safetensors.torch import load_file, save_file
 
 from reward_models.outcome import OutcomeModel
@@ -253,6 +254,8 @@ def main(output, *named_models):
         weights |= scores_of_a_sharded_judge(models["judge"])
     if "process" in models:
         weights |= steps_judged_in_pieces(models["process"])
+    if "past" in models:
+        weights |= follow_the_past(models["base"], Path(models["past"]), Path(output).with_name("past"))
     if int(os.environ.get("RANK", "0")) == 0:
         save_file(weights, output)
 

@@ -37,7 +37,7 @@ class Guards(Section):
     max_undecided_share: Share = 0.1
     """Share of completions the grader may fail to judge."""
     max_kl_stale: Annotated[float, Field(gt=0)] = 1.0
-    """The same bound for rollouts of an older policy, with training.max_staleness above 0."""
+    """The same bound for rollouts of an older policy, with training.max_staleness above 0 or replay."""
     freshness_tolerance: Annotated[float, Field(gt=0)] = 0.05
     """Mean absolute difference, in nats, between the engine's and the trainer's log-probabilities of a probe after each sync."""
 

@@ -77,7 +77,10 @@ class TransformersEngine:
         )
         device = self._model.device
         output = self._model.generate(
-            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=generation
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=generation,
+            synced_gpus=False,  # under ZeRO-3 transformers would wait for ranks that sample nothing; these weights are whole
         )
         sampled = output.sequences[:, width:]
         logprobs = torch.stack(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -203,6 +204,14 @@ def test_solved_problems_retire_impossible_ones_are_shelved_and_both_come_back()
         assert (curriculum.probabilities(13) > 0).all()
 
 
+def test_a_choice_counts_the_less_the_likelier_it_was():
+    curriculum = make(4, kind="replay", importance=1.0, floor=0.2, new_share=0.5)
+    curriculum.observe([Outcome(0, 4, 4)], batch=0)
+    weights = {c.problem: c.weight for c in curriculum.choose(0, 4, batch=1)}
+    # 0 alone was seen: 0.8 * 0.5 + 0.2 / 4 = 0.45; the others share 0.55
+    assert weights == pytest.approx({0: 0.55 / 3 / 0.45, 1: 1, 2: 1, 3: 1})
+
+
 def test_an_undecided_completion_is_no_failure():
     scores = verdicts("correct", "undecided", "wrong", "undecided", "undecided", "undecided")
     assert outcomes([7, 2], scores) == [Outcome(7, 1, 1), Outcome(2, 0, 0)]
@@ -313,6 +322,17 @@ def test_a_rank_learns_what_the_other_ranks_measured(make_trainer, monkeypatch):
     monkeypatch.setattr("rlhf.trainers.online.gather", gather)
     trainer.fill(0)
     assert [9, 2.0, 1.0, 0.0] in trainer.curriculum.state()["measured"]
+
+
+def test_the_completions_of_a_problem_carry_the_weight_of_its_choice(make_trainer):
+    trainer = make_trainer(
+        "curriculum={kind: replay, importance: 1.0}", "guards.max_undecided_share=1", reward_fn=by_prompt
+    )
+    trainer.curriculum.observe([Outcome(i, 2, 2) for i in range(3)], batch=0)
+    chosen = deepcopy(trainer.curriculum).choose(0, 4, batch=1)
+    assert len({choice.weight for choice in chosen}) == 2  # of problems seen and not
+    rollouts = trainer.fill(1).experience.rollouts
+    assert [r.weight for r in rollouts] == [choice.weight for choice in chosen for _ in range(G)]
 
 
 def test_the_advantages_of_a_problem_are_weighted_by_how_it_was_chosen(make_trainer):
