@@ -160,7 +160,14 @@ def draw_forgetting(results: Mapping[str, Any], picture: Path) -> None:
                 )
             points = list(zip(*curves, strict=True))
             means = [statistics.fmean(c[task] for c in point) for point in points]
-            axis.plot([point[0]["batch"] for point in points], means, color=f"C{i}", linewidth=2, label=arm)
+            axis.plot(
+                [point[0]["batch"] for point in points],
+                means,
+                color=f"C{i}",
+                linestyle="-" if i < 10 else "--",
+                linewidth=2,
+                label=arm,
+            )
         axis.set_title(titles[task], fontsize=11)
         axis.set_xlabel("rollout batches of GRPO on task B")
         axis.grid(alpha=0.3)
