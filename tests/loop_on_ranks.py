@@ -21,7 +21,7 @@ RECIPE = Path(__file__).parents[1] / "recipes/tiny/grpo.yaml"
 MIDDLE = "step-000005"
 """A checkpoint inside a rollout batch, of two steps each."""
 OPTIONS = (
-    "curriculum={kind: replay, pools: {min_completions: 3, revisit_batches: 2}}", "replay={}", "algorithm.sampler_correction=truncate",
+    "curriculum={kind: replay, rest_batches: 0, pools: {min_completions: 3, revisit_batches: 2}}", "replay={}", "algorithm.sampler_correction=truncate",
     "retention.ptx={demonstrations: some rollouts, coefficient: 0.5, tokens_per_step: 20}",
     "retention.adaptive={steers: ptx, problems: some, every_batches: 1, max_fall: 0.01}", "rewards=[{name: correctness}]",
     "rollout.engine=transformers", "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=3", "rollout.refill_rounds=1",

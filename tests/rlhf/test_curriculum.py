@@ -205,7 +205,7 @@ def test_solved_problems_retire_impossible_ones_are_shelved_and_both_come_back()
 
 
 def test_a_choice_counts_the_less_the_likelier_it_was():
-    curriculum = make(4, kind="replay", importance=1.0, floor=0.2, new_share=0.5)
+    curriculum = make(4, kind="replay", importance=1.0, floor=0.2, new_share=0.5, rest_batches=0)
     curriculum.observe([Outcome(0, 4, 4)], batch=0)
     weights = {c.problem: c.weight for c in curriculum.choose(0, 4, batch=1)}
     # 0 alone was seen: 0.8 * 0.5 + 0.2 / 4 = 0.45; the others share 0.55
@@ -326,7 +326,9 @@ def test_a_rank_learns_what_the_other_ranks_measured(make_trainer, monkeypatch):
 
 def test_the_completions_of_a_problem_carry_the_weight_of_its_choice(make_trainer):
     trainer = make_trainer(
-        "curriculum={kind: replay, importance: 1.0}", "guards.max_undecided_share=1", reward_fn=by_prompt
+        "curriculum={kind: replay, importance: 1.0, rest_batches: 0}",
+        "guards.max_undecided_share=1",
+        reward_fn=by_prompt,
     )
     trainer.curriculum.observe([Outcome(i, 2, 2) for i in range(3)], batch=0)
     chosen = deepcopy(trainer.curriculum).choose(0, 4, batch=1)
