@@ -45,7 +45,11 @@ SETTINGS = (
     "rewards=[{name: correctness}]", "rollout.prompts_per_batch=8", "training.minibatches_per_batch=1", "training.num_batches=160",
     "training.completions_every=0", "training.checkpoint_every=1000", "watch.action='off'",
 )  # fmt: skip
-SMALL_GROUPS = ("curriculum={kind: signal, rest_batches: 0}", "rollout.prompts_per_batch=16", "rollout.samples_per_prompt=4")
+SMALL_GROUPS = (
+    "curriculum={kind: signal, rest_batches: 0}",
+    "rollout.prompts_per_batch=16",
+    "rollout.samples_per_prompt=4",
+)
 """Of which more are wrong from end to end."""
 ARMS = {
     "uniform": ("curriculum={kind: uniform, measure: true}",),

@@ -79,7 +79,9 @@ def race_table(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw_race(runs: Sequence[Mapping[str, Any]], picture: Path, *, seen: Sequence[str] = (BASELINE, "signal_by_level_rested")) -> None:
+def draw_race(
+    runs: Sequence[Mapping[str, Any]], picture: Path, *, seen: Sequence[str] = (BASELINE, "signal_by_level_rested")
+) -> None:
     """Held-out accuracy and groups with signal over sampled tokens, and whose problems are chosen in the first seed of two arms."""
     import matplotlib
 
