@@ -70,7 +70,7 @@ def evaluate(demo: Path, models: dict[str, Path]) -> None:
     for name, path in missing.items():
         folder = FOLDER / "evaluation" / name
         recipe = yaml.safe_load(Path(EVALUATION).read_text(encoding="utf-8"))
-        recipe |= {"output_dir": str(folder), "models": {name.replace("-", "_"): {"path": str(path)}}}
+        recipe |= {"output_dir": str(folder), "models": {"policy": {"path": str(path)}}}
         recipe["problems"] = str(demo / "data/test_problems.jsonl")
         file = FOLDER / "evaluation" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
