@@ -300,7 +300,7 @@ def steps_of_one_rank(models, tmp_path_factory):
         ("ddp", {"base", "moe", "four_bits", "retained", "past"}),
         ("zero1", {"moe"}),
         ("zero2", {"base", "four_bits", "retained"}),
-        ("pieces", {"base", "moe", "mixtral", "judge", "process"}),
+        ("pieces", {"base", "moe", "mixtral", "judge", "process", "past"}),
         pytest.param("zero3_offload", {"moe"}, marks=pytest.mark.long),  # builds DeepSpeed's optimizer for CPUs first
     ],
 )

@@ -8,9 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from data.records import write_records
+from data.chat import render_response
+from data.records import Problem, write_records
 from data.stories import prepare
+from rlhf.metrics import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -87,22 +90,47 @@ def test_a_run_that_waits_for_a_rank_that_was_killed_is_a_failure_and_is_ended(m
     assert have_ended(everything)
 
 
+@pytest.fixture
+def guesser(model_folder, renderer, tmp_path):
+    """A policy that answers 1, 2 or 3 at once, whatever the question."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    prompt = renderer.prompt_ids("?")
+    guesses = torch.tensor([prompt + renderer.response_ids(render_response("", answer)) for answer in "123"])
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=guesses, labels=guesses).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "guesser")
+    renderer.tokenizer.save_pretrained(tmp_path / "guesser")
+    return tmp_path / "guesser"
+
+
 @pytest.mark.slow
-def test_a_run_that_is_killed_or_loses_its_graders_ends_as_the_one_left_alone(model_folder, tmp_path):
+def test_a_run_that_is_killed_or_loses_its_graders_ends_as_the_one_left_alone(guesser, tmp_path):
+    """With a curriculum, a replay buffer, and a coefficient that follows a held-out ability: all that a run remembers beside its weights."""
     prepared = prepare(
         seed=0, min_level=2, max_level=3, answers_at_once=0.0, demonstrations=64, train_problems=64, test_problems=4,
         train_pairs=4, heldout_pairs=2,
     )  # fmt: skip
-    write_records(prepared.train_problems, tmp_path / "problems.jsonl")
+    problems = [Problem(id=f"{i}", question="?", answer="123"[i % 3]) for i in range(6)]
+    write_records(problems, tmp_path / "problems.jsonl")
     write_records(prepared.demonstrations, tmp_path / "demonstrations.jsonl")
     command = [
-        sys.executable, "scripts/verify_resume.py", "recipes/tiny/grpo.yaml", f"policy.path={model_folder}", f"problems={tmp_path}/problems.jsonl",
+        sys.executable, "scripts/verify_resume.py", "recipes/tiny/grpo.yaml", f"policy.path={guesser}", f"problems={tmp_path}/problems.jsonl",
         f"demonstrations={tmp_path}/demonstrations.jsonl", "rewards=[{name: correctness}, {name: length}]", "rollout.engine=transformers",
         "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4", "rollout.max_prompt_tokens=120", "training.num_batches=4",
-        "training.passes_per_batch=2", "--kills", "2", "--victim", "job", "--victim", "grader", "--damage", "--folder", tmp_path / "runs",
+        "training.passes_per_batch=2", "curriculum={kind: signal}", "replay={}", "algorithm.sampler_correction=truncate",
+        f"retention.ptx={{demonstrations: {tmp_path}/demonstrations.jsonl, coefficient: 0.1, tokens_per_step: 64}}",
+        f"retention.adaptive={{steers: ptx, problems: {tmp_path}/problems.jsonl, every_batches: 1, max_fall: 0.01}}",
+        "--kills", "2", "--victim", "job", "--victim", "grader", "--damage", "--folder", tmp_path / "runs",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 2 resumed runs end as the run left alone" in done.stdout
     assert done.stdout.count("newest checkpoint damaged") >= 1
     assert "the run went on through 2 of 2 kills; weights that differ: 0, rows that differ: 0" in done.stdout
+    rows = read_jsonl(tmp_path / "runs/alone/metrics.jsonl")
+    assert any(row["replay/rescued"] > 0 for row in rows)
+    assert any(row["retention/factor"] > 1 for row in rows)
+    assert rows[-1]["curriculum/active"] > 0
