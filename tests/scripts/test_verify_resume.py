@@ -113,8 +113,10 @@ def test_a_run_that_is_killed_or_loses_its_graders_ends_as_the_one_left_alone(gu
         seed=0, min_level=2, max_level=3, answers_at_once=0.0, demonstrations=64, train_problems=64, test_problems=4,
         train_pairs=4, heldout_pairs=2,
     )  # fmt: skip
-    problems = [Problem(id=f"{i}", question="?", answer="123"[i % 3]) for i in range(6)]
-    write_records(problems, tmp_path / "problems.jsonl")
+    trained = [Problem(id=f"{i}", question="?", answer="23"[i % 2]) for i in range(6)]
+    held_out = [Problem(id=f"held-out-{i}", question="?", answer="1") for i in range(64)]  # which training unlearns
+    write_records(trained, tmp_path / "problems.jsonl")
+    write_records(held_out, tmp_path / "held_out.jsonl")
     write_records(prepared.demonstrations, tmp_path / "demonstrations.jsonl")
     command = [
         sys.executable, "scripts/verify_resume.py", "recipes/tiny/grpo.yaml", f"policy.path={guesser}", f"problems={tmp_path}/problems.jsonl",
@@ -122,7 +124,7 @@ def test_a_run_that_is_killed_or_loses_its_graders_ends_as_the_one_left_alone(gu
         "rollout.prompts_per_batch=4", "rollout.samples_per_prompt=4", "rollout.max_prompt_tokens=120", "training.num_batches=4",
         "training.passes_per_batch=2", "curriculum={kind: signal}", "replay={}", "algorithm.sampler_correction=truncate",
         f"retention.ptx={{demonstrations: {tmp_path}/demonstrations.jsonl, coefficient: 0.1, tokens_per_step: 64}}",
-        f"retention.adaptive={{steers: ptx, problems: {tmp_path}/problems.jsonl, every_batches: 1, max_fall: 0.01}}",
+        f"retention.adaptive={{steers: ptx, problems: {tmp_path}/held_out.jsonl, every_batches: 1, max_fall: 0.01}}",
         "--kills", "2", "--victim", "job", "--victim", "grader", "--damage", "--folder", tmp_path / "runs",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
