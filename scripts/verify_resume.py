@@ -6,8 +6,8 @@
 
 `job`: each kill is a trial of its own, SIGKILL to all processes of the run, then the same command again until it finishes. Every second kill
 waits for a checkpoint that is being written and comes in the middle of it. `rank`: the same, but one rank is killed and the launcher has
-to end the others. `grader`: workers of the grader are killed during one run, which has to go on by itself; every second kill waits for one
-that is at work. `server`: the same with the vLLM servers of a recipe that samples on them, and their engines. The exit code is 0 when every trial went on from a checkpoint, if it had one, and ended as the run left alone, 1 when one
+to end the others. `grader`: workers of the grader are killed during one run, which has to go on by itself; every second kill waits
+for one that is at work, a step at most. `server`: the same with the vLLM servers of a recipe that samples on them, and their engines. The exit code is 0 when every trial went on from a checkpoint, if it had one, and ended as the run left alone, 1 when one
 did not, 2 when a run failed. Equality to the last bit holds on one CPU rank, and on two.
 """
 
@@ -217,11 +217,11 @@ def kill_at(
     )
 
 
-def at_work(process: subprocess.Popen[bytes], victim: str) -> list[psutil.Process]:
-    """Of the victims, those that are computing at this moment."""
+def find_at_work(found: list[psutil.Process], process: subprocess.Popen[bytes], victim: str) -> list[psutil.Process]:
+    """Put into `found` those victims that are computing at this moment."""
     with suppress(psutil.Error):
-        return [found for found in find_victims(process, victim) if found.status() == psutil.STATUS_RUNNING]
-    return []
+        found[:] = [one for one in find_victims(process, victim) if one.status() == psutil.STATUS_RUNNING]
+    return found
 
 
 def kill_parts(runs: Runs, name: str, victim: str, draw: random.Random, *, kills: int, steps: int) -> list[str]:
@@ -234,14 +234,15 @@ def kill_parts(runs: Runs, name: str, victim: str, draw: random.Random, *, kills
     struck: list[str] = []
     for moment in sorted(draw.randint(1, max(1, int(0.8 * steps))) for _ in range(kills)):
         wait_until(process, lambda moment=moment: progress(run) >= moment)
-        looked_for = at_work if len(struck) % 2 else find_victims
-        wait_until(process, lambda find=looked_for: bool(find(process, victim)), seconds=5)
-        found = looked_for(process, victim)
+        working: list[psutil.Process] = []
+        if len(struck) % 2:
+            wait_until(process, lambda m=moment: bool(find_at_work(working, process, victim)) or progress(run) > m)
+        found = working or find_victims(process, victim)
         if found:
             with suppress(psutil.NoSuchProcess):
                 draw.choice(found).kill()
                 rows = len(read_jsonl(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
-                struck.append(f"in batch {rows + 1}" + ", at work" * (looked_for is at_work))
+                struck.append(f"in batch {rows + 1}" + ", at work" * bool(working))
     if process.wait() != 0:
         raise ChildProcessError(
             f"the run {run} did not survive the loss of a {victim}; its last words are in {run}.log"
