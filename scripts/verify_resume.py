@@ -232,9 +232,10 @@ def kill_parts(runs: Runs, name: str, victim: str, draw: random.Random, *, kills
     """
     process, run = runs.start(name), runs.folder / name
     struck: list[str] = []
+    working: list[psutil.Process] = []
     for moment in sorted(draw.randint(1, max(1, int(0.8 * steps))) for _ in range(kills)):
         wait_until(process, lambda moment=moment: progress(run) >= moment)
-        working: list[psutil.Process] = []
+        working.clear()
         if len(struck) % 2:
             wait_until(process, lambda m=moment: bool(find_at_work(working, process, victim)) or progress(run) > m)
         found = working or find_victims(process, victim)
